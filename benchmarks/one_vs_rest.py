@@ -35,6 +35,7 @@ from skdeepad import (
     KMeansScorer,
     KNNScorer,
     MahalanobisFeatureScorer,
+    PANDAEstimator,
 )
 from skdeepad.datasets import load_cifar, load_fashion_mnist, load_image_folder
 from skdeepad.metrics import anomaly_roc_auc_score
@@ -50,6 +51,7 @@ def behind_features(*steps: Callable[[], Any]) -> Callable[..., Pipeline]:
 # name -> a function of image_size and memory that makes the estimator
 DETECTORS: dict[str, Callable[..., Any]] = {
     "mahalanobis": MahalanobisFeatureScorer,
+    "panda": PANDAEstimator,
     "knn": behind_features(KNNScorer),
     "cosine-knn": behind_features(lambda: KNNScorer(metric="cosine")),
     "kmeans": behind_features(KMeansScorer),
@@ -196,7 +198,7 @@ def print_row(
     )
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -211,14 +213,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data-home", help="where the data set lies")
     parser.add_argument("--memory", help="folder that keeps features for later runs")
     parser.add_argument("--suffix", help="of the result's name; default: the settings")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.dataset == "mvtec" and args.data_home is None:
         parser.error("--dataset mvtec needs --data-home")
     return args
 
 
-def main() -> None:
-    args = parse_arguments()
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Run one detector on all classes; give what is written."""
+    args = parse_arguments(arguments)
     settings = [parse_setting(text) for text in args.set]
     told = environment()
     columns = PUBLISHED[args.dataset]
@@ -280,6 +283,7 @@ def main() -> None:
         "environment": told,
     }
     write_json("-".join(parts), content)
+    return content
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .detectors import MahalanobisFeatureScorer
+    from .detectors import MahalanobisFeatureScorer, PANDAEstimator
     from .features import BackboneFeatures
     from .model_selection import OneClassKFold
     from .scorers import CentroidScorer, GaussianScorer, KMeansScorer, KNNScorer
@@ -25,9 +25,18 @@ _HOMES = {
     "KNNScorer": "scorers",
     "MahalanobisFeatureScorer": "detectors",
     "OneClassKFold": "model_selection",
+    "PANDAEstimator": "detectors",
 }
 _MODULES = frozenset(
-    ["backbones", "datasets", "detectors", "metrics", "model_selection", "scorers"]
+    [
+        "backbones",
+        "datasets",
+        "detectors",
+        "fisher",
+        "metrics",
+        "model_selection",
+        "scorers",
+    ]
 )
 
 __all__ = [
@@ -38,6 +47,7 @@ __all__ = [
     "KNNScorer",
     "MahalanobisFeatureScorer",
     "OneClassKFold",
+    "PANDAEstimator",
 ]
 
 

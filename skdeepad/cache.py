@@ -28,6 +28,8 @@ class FeatureCache:
         Where the table lies; made where there is none.
     key : str
         Names the pass of the backbone that makes the features.
+    dtype, shape : dtype and tuple of int, default=float32, (-1,)
+        Of one sample's features.
 
     Raises
     ------
@@ -35,7 +37,15 @@ class FeatureCache:
         If the folder holds a file of that name that is no such table.
     """
 
-    def __init__(self, folder: str | Path, key: str) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        key: str,
+        dtype: Any = np.float32,
+        shape: tuple[int, ...] = (-1,),
+    ) -> None:
+        self.dtype = dtype
+        self.shape = shape
         self.file = Path(folder) / "skdeepad-features.sqlite"
         self.key = key
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +99,7 @@ class FeatureCache:
                 row[0]: row[-1] for row in table.execute(query, (self.key, *wanted))
             }
 
-    def put(self, digests: Sequence[bytes], features: NDArray[np.float32]) -> None:
+    def put(self, digests: Sequence[bytes], features: NDArray[Any]) -> None:
         """Put the features of some samples in."""
         rows = [
             (self.key, digest, row.tobytes())
@@ -100,11 +110,12 @@ class FeatureCache:
 
     def read(
         self, digests: Sequence[bytes]
-    ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
+    ) -> Iterator[tuple[NDArray[np.intp], NDArray[Any]]]:
         """Give the positions and the features of the samples that are in."""
         for part in chunks(np.arange(len(digests)), READ):
             found = self._select("sample, value", [digests[i] for i in part])
             index = np.array([i for i in part if digests[i] in found], dtype=np.intp)
             if len(index):
-                values = [np.frombuffer(found[digests[i]], np.float32) for i in index]
-                yield index, np.stack(values)
+                values = bytearray().join(found[digests[i]] for i in index)
+                rows = np.frombuffer(values, self.dtype)
+                yield index, rows.reshape(len(index), *self.shape)

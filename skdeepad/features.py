@@ -65,7 +65,7 @@ class BackboneEstimator(CallbackSupportMixin, BaseEstimator):
     verbose: Any
 
     def _default_stages(self, backbone: Backbone) -> Iterable[str]:
-        raise NotImplementedError
+        return backbone.stage_names[-1:]
 
     def _fit_inputs(self, X: Any) -> Vectors:
         """Check X, and settle the backbone, the size of images and the stages."""
@@ -94,11 +94,12 @@ class BackboneEstimator(CallbackSupportMixin, BaseEstimator):
         self.image_size_ = None if vectors else self._settle_size(shape)
         self.image_shape_in_ = None if vectors else shape
         stages = self._default_stages(self.backbone_)
-        if self.stages is not None:
-            stages = (self.stages,) if isinstance(self.stages, str) else self.stages
+        if (given := getattr(self, "stages", None)) is not None:
+            stages = (given,) if isinstance(given, str) else given
         self.stages_ = self.backbone_.check_stages(stages)
         self._grid = getattr(self, "grid", None)
-        self._widths = self._feature_pass().widths(inputs)
+        task = self._feature_pass()
+        self._widths = task.widths(task.sample_shape(inputs))
         return inputs
 
     def _takes_vectors(self) -> bool | None:
@@ -150,17 +151,32 @@ class BackboneEstimator(CallbackSupportMixin, BaseEstimator):
             self._dtype,
         )
 
+    def _run(
+        self,
+        task: FeaturePass,
+        inputs: Vectors,
+        fitting: bool,
+        row: tuple[Any, tuple[int, ...]] = (np.float32, (-1,)),
+    ) -> Iterator[tuple[NDArray[np.intp], NDArray[Any]]]:
+        """Pass samples through the network; `row` is the dtype and shape for each."""
+        folder = getattr(self.memory, "location", self.memory)
+        cache = None if folder is None else FeatureCache(folder, task.key(), *row)
+        batches = iter_features(task, inputs, on_error=self.on_error, cache=cache)
+        return self._track(batches, len(inputs), fitting)
+
+    def _batches(
+        self, inputs: Vectors, fitting: bool
+    ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
+        """Give positions and features of the samples, batch by batch."""
+        return self._run(self._feature_pass(), inputs, fitting)
+
     def _features(
         self, inputs: Vectors, *, fitting: bool = False
     ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
         """Give positions and features of the samples, in blocks of rows."""
-        task = self._feature_pass()
-        folder = getattr(self.memory, "location", self.memory)
-        cache = None if folder is None else FeatureCache(folder, task.key())
-        batches = iter_features(task, inputs, on_error=self.on_error, cache=cache)
         index: list[NDArray[np.intp]] = []
         block: list[NDArray[np.float32]] = []
-        for rows, features in self._track(batches, len(inputs), fitting):
+        for rows, features in self._batches(inputs, fitting):
             index.append(rows)
             block.append(features)
             if sum(map(len, index)) >= BLOCK:
@@ -173,33 +189,38 @@ class BackboneEstimator(CallbackSupportMixin, BaseEstimator):
         self, inputs: Vectors, *, fitting: bool = False
     ) -> NDArray[np.float32]:
         """Give the features of all samples; NaN for those that were skipped."""
-        out = np.full((len(inputs), sum(self._widths)), np.nan, dtype=np.float32)
-        for index, features in self._features(inputs, fitting=fitting):
+        return self._gather(self._batches(inputs, fitting), len(inputs))
+
+    def _gather(
+        self, batches: Iterable[tuple[NDArray[np.intp], NDArray[np.float32]]], n: int
+    ) -> NDArray[np.float32]:
+        out = np.full((n, sum(self._widths)), np.nan, dtype=np.float32)
+        for index, features in batches:
             out[index] = features
         return out
 
     def _track(
-        self, batches: Iterable[Any], total: int, fitting: bool
+        self, items: Iterable[Any], total: int, fitting: bool, unit: str = "sample"
     ) -> Iterator[Any]:
-        """Pass batches on, telling tqdm and, in `fit`, scikit-learn's callbacks."""
+        """Pass items on, telling tqdm and, in `fit`, scikit-learn's callbacks.
+
+        Items are batches of samples, which start with their positions, or steps.
+        """
         context = None
         if fitting and hasattr(self, "_init_callback_context"):
             context = self._init_callback_context(max_subtasks=None)
             context.call_on_fit_task_begin(estimator=self)
         with tqdm(
-            total=total,
-            unit="sample",
-            desc=type(self).__name__,
-            disable=not self.verbose,
+            total=total, unit=unit, desc=type(self).__name__, disable=not self.verbose
         ) as bar:
-            for batch in batches:
+            for item in items:
                 task = context and context.subcontext(task_name="batch")
                 if task:
                     task.call_on_fit_task_begin(estimator=self)
-                yield batch
+                yield item
                 if task:
                     task.call_on_fit_task_end(estimator=self)
-                bar.update(len(batch[0]))
+                bar.update(len(item[0]) if unit == "sample" else 1)
         if context:
             context.call_on_fit_task_end(estimator=self)
 
@@ -319,9 +340,6 @@ class BackboneFeatures(TransformerMixin, BackboneEstimator):
         self.precision = precision
         self.random_state = random_state
         self.verbose = verbose
-
-    def _default_stages(self, backbone: Backbone) -> Iterable[str]:
-        return backbone.stage_names[-1:]
 
     @keep_state_on_error
     @_fit_context(prefer_skip_nested_validation=True)

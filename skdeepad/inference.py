@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .backbones import Backbone
-from .inputs import Vectors, chunks, load_batches
+from .inputs import Batch, Vectors, chunks, load_batches
 
-Features = tuple[NDArray[np.intp], NDArray[np.float32]]
+Outputs = tuple[NDArray[np.intp], NDArray[Any]]
 
 
 def resolve_device(device: str) -> torch.device:
@@ -63,6 +63,34 @@ def resolve_precision(
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
+def pool(output: Tensor, grid: int | None = None) -> Tensor:
+    """Average a stage's maps over all positions, or over each cell of a grid."""
+    output = output.float()
+    if output.ndim == 4:
+        if grid is None:
+            return output.mean((2, 3))
+        return F.adaptive_avg_pool2d(output, grid).flatten(1)
+    return output.mean(1) if output.ndim == 3 else output
+
+
+def to_array(values: Tensor) -> NDArray[Any]:
+    """Give an array; NumPy has no bfloat16, whose bits are given as int16."""
+    values = values.cpu()
+    return values.view(
+        torch.int16 if values.dtype == torch.bfloat16 else values.dtype
+    ).numpy()
+
+
+def to_tensor(array: NDArray[Any]) -> Tensor:
+    """Undo `to_array`."""
+    values = torch.from_numpy(array)
+    if values.dtype == torch.int16:
+        values = values.view(torch.bfloat16)
+    # as convolutions like maps best
+    channels_last = torch.channels_last if values.ndim == 4 else torch.contiguous_format
+    return values.contiguous(memory_format=channels_last)
+
+
 @dataclass(frozen=True)
 class FeaturePass:
     """One pass of a frozen backbone: which features, at which size, and where."""
@@ -75,30 +103,40 @@ class FeaturePass:
     device: torch.device
     dtype: torch.dtype
 
-    def widths(self, inputs: Vectors) -> list[int]:
-        """Measure how many features each stage gives, on the first sample there is.
+    def sample_shape(self, inputs: Vectors) -> tuple[int, ...]:
+        """Give the shape of one sample as the backbone sees it."""
+        shape = inputs.shape
+        if self.image_size is not None:
+            channels = self.backbone.in_channels or (shape[0] if shape else 3)
+            shape = (channels, *self.image_size)
+        return shape or ()
+
+    def widths(self, shape: tuple[int, ...]) -> list[int]:
+        """Measure how many features each stage gives for a sample of this shape.
 
         Raises
         ------
         ValueError
             If the backbone cannot take such samples.
         """
-        shape = inputs.shape
-        if self.image_size is not None:
-            channels = self.backbone.in_channels or (shape[0] if shape else 3)
-            shape = (channels, *self.image_size)
-        sample = torch.zeros((1, *(shape or ())))
         try:
             with torch.inference_mode():
-                outputs = self.backbone.forward_stages(sample, self.stages)
-                return [self._pool(outputs[name]).shape[1] for name in self.stages]
+                outputs = self._outputs(self.backbone, torch.zeros(1, *shape))
+                return [output.shape[1] for output in outputs]
         except (RuntimeError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"The backbone cannot take samples of shape {tuple(shape or ())}: "
-                f"{error}. Check image_size, image_shape and the backbone."
+                f"The backbone cannot take samples of shape {shape}: {error}. Check "
+                "image_size, image_shape and the backbone."
             ) from error
 
-    def run(self, values: Tensor) -> NDArray[np.float32]:
+    def load(
+        self, inputs: Vectors, indices: Iterable[NDArray[np.intp]]
+    ) -> Iterator[Batch]:
+        """Load samples as the backbone wants them."""
+        channels = None if self.backbone.vectors else self.backbone.in_channels
+        return load_batches(inputs, indices, self.image_size, channels)
+
+    def run(self, values: Tensor) -> NDArray[Any]:
         """Give the features of up to `batch_size` samples."""
         network = frozen_copy(self.backbone, self.device, self.dtype)
         n = len(values)
@@ -110,27 +148,82 @@ class FeaturePass:
             torch.inference_mode(),
             torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bfloat16),
         ):
-            outputs = network.forward_stages(x, self.stages)
-            pooled = [self._pool(outputs[name]) for name in self.stages]
-            return torch.cat(pooled, dim=1)[:n].cpu().numpy()
+            return to_array(torch.cat(self._outputs(network, x), dim=1)[:n])
 
-    def _pool(self, output: Tensor) -> Tensor:
-        """Average maps over all positions, or over each cell of the grid."""
-        output = output.float()
-        if output.ndim == 4:
-            if self.grid is None:
-                return output.mean((2, 3))
-            return F.adaptive_avg_pool2d(output, self.grid).flatten(1)
-        return output.mean(1) if output.ndim == 3 else output
+    def _outputs(self, network: Backbone, x: Tensor) -> list[Tensor]:
+        outputs = network.forward_stages(x, self.stages)
+        return [pool(outputs[name], self.grid) for name in self.stages]
 
     def key(self) -> str:
         """Name this pass: the same name, the same features."""
         told = (
-            fingerprint(self.backbone),
+            *(type(self).__name__, fingerprint(self.backbone)),
             *(self.stages, self.grid, self.image_size),
             *(self.device.type, str(self.dtype), torch.__version__),
         )
         return blake2b(repr(told).encode(), digest_size=16).hexdigest()
+
+
+class TrunkPass(FeaturePass):
+    """One pass of the first stages of a backbone, whose last ones are adapted.
+
+    Its `stages` are those; their output is given as it is, not averaged.
+    """
+
+    def _outputs(self, network: Backbone, x: Tensor) -> list[Tensor]:
+        x = network.normalize(x)
+        for name in self.stages:
+            x = network.stages[name](x)
+        return [x]
+
+    def row(self, inputs: Vectors) -> tuple[Any, tuple[int, ...]]:
+        """Measure the dtype and shape of one sample's output."""
+        output = self.run(torch.zeros(1, *self.sample_shape(inputs)))
+        return output.dtype, output.shape[1:]
+
+
+class TrunkOutputs:
+    """What the first stages make of the training samples.
+
+    Computed once and kept in memory where all of it fits, or else computed again
+    each time: the numbers are the same.
+
+    Parameters
+    ----------
+    task : TrunkPass
+        What to compute.
+    inputs : Vectors, Images or ImagePaths
+        The samples.
+    max_bytes : int
+        The bound on what is kept.
+    """
+
+    def __init__(self, task: TrunkPass, inputs: Vectors, max_bytes: int) -> None:
+        self.task = task
+        self.inputs = inputs
+        self.max_bytes = max_bytes
+        self.kept: NDArray[Any] | None = None
+
+    def keep(self, batches: Iterable[Outputs]) -> Iterator[Outputs]:
+        """Pass the outputs of all samples on, and keep them if all would fit."""
+        for index, values in batches:
+            n_bytes = values[0].nbytes * len(self.inputs)
+            if self.kept is None and n_bytes <= self.max_bytes:
+                shape = (len(self.inputs), *values.shape[1:])
+                self.kept = np.empty(shape, values.dtype)
+            if self.kept is not None:
+                self.kept[index] = values
+            yield index, values
+
+    def batches(self, indices: Iterable[NDArray[np.intp]]) -> Iterator[Outputs]:
+        """Give the outputs for one batch of samples after the other."""
+        if self.kept is not None:
+            yield from ((index, self.kept[index]) for index in indices)
+            return
+        for batch in self.task.load(self.inputs, indices):
+            if batch.values is None or batch.failed:
+                raise ValueError(f"Files cannot be read any more: {batch.failed}.")
+            yield batch.index, self.task.run(batch.values)
 
 
 _COPIES: WeakKeyDictionary[Backbone, dict[Any, Backbone]] = WeakKeyDictionary()
@@ -214,7 +307,7 @@ def fingerprint(backbone: Backbone) -> str:
 
 def iter_features(
     task: FeaturePass, inputs: Vectors, *, on_error: str, cache: Any = None
-) -> Iterator[Features]:
+) -> Iterator[Outputs]:
     """Pass samples through a backbone, batch by batch.
 
     Parameters
@@ -266,9 +359,8 @@ def _compute(
     indices: Iterable[NDArray[np.intp]],
     failed: dict[int, str],
     on_error: str,
-) -> Iterator[Features]:
-    channels = task.backbone.in_channels if not task.backbone.vectors else None
-    for batch in load_batches(inputs, indices, task.image_size, channels):
+) -> Iterator[Outputs]:
+    for batch in task.load(inputs, indices):
         failed.update(batch.failed)
         # once an error is certain, the other files are only read, to name all
         if batch.values is not None and not (failed and on_error == "raise"):

@@ -11,6 +11,7 @@ from unittest import SkipTest
 
 import pytest
 from sklearn.covariance import MinCovDet
+from sklearn.ensemble import IsolationForest
 from sklearn.utils import InputTags, get_tags
 from sklearn.utils.estimator_checks import (
     check_dataframe_column_names_consistency,
@@ -33,6 +34,7 @@ from skdeepad import (
     KMeansScorer,
     KNNScorer,
     MahalanobisFeatureScorer,
+    PANDAEstimator,
 )
 
 
@@ -66,6 +68,12 @@ SETTINGS = [
     MahalanobisFeatureScorer(covariance="diagonal"),
     MahalanobisFeatureScorer(joint=False, weights=None, random_state=0),
     MahalanobisFeatureScorer(Network, stages="0", covariance="oas"),
+    PANDAEstimator(adaptation=None),
+    PANDAEstimator(
+        adaptation="early_stopping", max_steps=20, trainable_stages="stage2"
+    ),
+    PANDAEstimator(adaptation="ses", max_steps=20, n_checkpoints=3, scorer="centroid"),
+    PANDAEstimator(Network, max_steps=5, normalize=False, scorer=IsolationForest()),
 ]
 
 each_estimator = pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)

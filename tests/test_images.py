@@ -34,6 +34,7 @@ from skdeepad import (
     KMeansScorer,
     KNNScorer,
     MahalanobisFeatureScorer,
+    PANDAEstimator,
 )
 from skdeepad.backbones import load_backbone
 from skdeepad.cache import FeatureCache
@@ -69,6 +70,12 @@ def mahalanobis(**options):
     return MahalanobisFeatureScorer(**quick(options))
 
 
+def panda(**options):
+    options = {**quick(options), "max_steps": 2}
+    del options["stages"]
+    return PANDAEstimator(**options)
+
+
 def knn(**options):
     return make_pipeline(features(**options), KNNScorer())
 
@@ -80,6 +87,7 @@ def gaussian(**options):
 MAKERS = {
     "features": features,
     "mahalanobis": mahalanobis,
+    "panda": panda,
     "knn": knn,
     "gaussian": gaussian,
 }

@@ -23,6 +23,7 @@ MODULES = [
     "backbones",
     "datasets",
     "detectors",
+    "fisher",
     "metrics",
     "model_selection",
     "scorers",
@@ -49,9 +50,9 @@ METHODS = {
 # Imports run downwards only: each room stands on rooms of the lines below it.
 HOUSE = [
     ("detectors",),
-    ("features",),
+    ("features", "fisher"),
     ("cache", "inference", "scorers"),
-    ("backbones", "base", "inputs"),
+    ("backbones", "base", "inputs", "objectives", "training"),
 ]
 # around the estimators, which know nothing of them
 BESIDE = [("model_selection",), ("datasets", "metrics")]

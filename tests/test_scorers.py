@@ -440,7 +440,8 @@ def test_shift_and_scale(scorer, shift, scale):
 @quick
 @given(seed=st.integers(0, 999))
 def test_no_linear_map_changes_the_empirical_gaussian(seed):
-    mixing = np.random.default_rng(seed).normal(size=(4, 4)) + 3 * np.eye(4)
+    turn, turn_again = ortho_group.rvs(4, size=2, random_state=seed)
+    mixing = turn * [0.5, 1, 2, 3] @ turn_again
     plain, mixed = (GaussianScorer("empirical").fit(Z) for Z in (X, X @ mixing))
     for part in (X, NEW):
         np.testing.assert_allclose(

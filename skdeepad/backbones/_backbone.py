@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -124,11 +124,13 @@ class Backbone(nn.Module):
         for name, stage in self.stages.items():
             x = stage(x)
             if name in wanted:
-                to_map = self.to_map if x.ndim > 2 else None
-                outputs[name] = to_map(x) if to_map else x
+                outputs[name] = self._as_map(x)
             if len(outputs) == len(wanted):
                 break
         return outputs
+
+    def _as_map(self, output: Tensor) -> Tensor:
+        return self.to_map(output) if self.to_map and output.ndim > 2 else output
 
     def forward(self, x: Tensor) -> Tensor:
         """Run all stages and the head, if there is one."""
@@ -137,18 +139,20 @@ class Backbone(nn.Module):
             x = stage(x)
         return x if self.head is None else self.head(x)
 
-    def check_stages(self, names: Iterable[str]) -> tuple[str, ...]:
+    def check_stages(
+        self, names: Iterable[str], parameter: str = "stages"
+    ) -> tuple[str, ...]:
         """Return the names in the order of the row, or say which is unknown."""
         names = set(names)
         unknown = sorted(names - set(self.stages))
         if unknown or not names:
             raise ValueError(
-                f"stages={unknown} not found: the backbone's stages are "
+                f"{parameter}={unknown} not found: the backbone's stages are "
                 f"{', '.join(self.stages)}."
             )
         return tuple(name for name in self.stages if name in names)
 
-    def frozen(self) -> Backbone:
+    def frozen(self) -> Self:
         """Put it in evaluation mode, out of gradients' reach, and return it."""
         return self.eval().requires_grad_(False)
 
@@ -161,7 +165,7 @@ class Backbone(nn.Module):
         self._loader = loader, args
         return self.frozen()
 
-    def clone(self) -> Backbone:
+    def clone(self) -> Self:
         """Copy the weights, so that the copy may be trained or moved."""
         new = type(self).__new__(type(self))
         new.__dict__ = copy.deepcopy(self.__dict__)
@@ -170,6 +174,40 @@ class Backbone(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self._loader or super().__reduce_ex__(protocol)
+
+
+class Versions(Backbone):
+    """Versions of a network's last stages, side by side on the same input.
+
+    What adaptation makes of them: a checkpoint each. The stages before them stay as
+    they were, and run once for all versions.
+
+    Parameters
+    ----------
+    versions : mapping of str to torch.nn.Module
+        The stages, in one module for each version.
+    input_shape : tuple of int
+        The shape of one input: what the stages before them make of a sample.
+    to_map : callable, default=None
+        As in `Backbone`.
+    """
+
+    def __init__(
+        self,
+        versions: Mapping[str, nn.Module],
+        input_shape: tuple[int, ...],
+        to_map: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(versions, in_channels=input_shape[0], to_map=to_map)
+        self.input_size = input_shape[1:] if len(input_shape) == 3 else None
+        self.vectors = len(input_shape) == 1
+
+    def forward_stages(self, x: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+        """Run the named versions."""
+        return {
+            name: self._as_map(self.stages[name](x))
+            for name in self.check_stages(names)
+        }
 
 
 class Part(nn.Module):

@@ -159,9 +159,7 @@ def load_weights(net: nn.Module, path: Path) -> None:
     ValueError
         If the file is no state dict, or its keys or shapes are another network's.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"weights={str(path)!r}: there is no such file.")
-    state = _read_state(path)
+    state = read_tensors(path, "weights")
     target = net.state_dict()
     if _is_original_lite(state, target):
         state = dict(zip(target, state.values(), strict=True))
@@ -186,7 +184,18 @@ def load_weights(net: nn.Module, path: Path) -> None:
     net.load_state_dict(state)
 
 
-def _read_state(path: Path) -> Mapping[str, Tensor]:
+def read_tensors(path: Path, parameter: str) -> Mapping[str, Tensor]:
+    """Read names and tensors from a file, without running any code of it.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If the file holds something else; the message names the parameter.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{parameter}={str(path)!r}: there is no such file.")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -202,14 +211,14 @@ def _read_state(path: Path) -> Mapping[str, Tensor]:
         ValueError,
     ) as error:
         raise ValueError(
-            f"weights={str(path)!r} cannot be read as a state dict: {error}"
+            f"{parameter}={str(path)!r} cannot be read as a state dict: {error}"
         ) from error
     if not isinstance(state, Mapping) or not all(
         isinstance(value, Tensor) for value in state.values()
     ):
         raise ValueError(
-            f"weights={str(path)!r} holds no state dict (names to tensors); save one "
-            "with torch.save(module.state_dict(), path)."
+            f"{parameter}={str(path)!r} holds no state dict (names to tensors); save "
+            "one with torch.save(module.state_dict(), path)."
         )
     return state
 

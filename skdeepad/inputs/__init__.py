@@ -1,6 +1,6 @@
 """What X may be, turned into batches."""
 
-from ._batches import load_batches
+from ._batches import Batch, load_batches
 from ._inputs import (
     ImagePaths,
     Images,
@@ -11,6 +11,7 @@ from ._inputs import (
 )
 
 __all__ = [
+    "Batch",
     "ImagePaths",
     "Images",
     "Vectors",

@@ -1,0 +1,872 @@
+"""PANDA: pretrained features, adapted to the normal images (Reiss et al., 2021)."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import (
+    ClassNamePrefixFeaturesOutMixin,
+    TransformerMixin,
+    _fit_context,
+    clone,
+)
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import Tags, check_random_state
+from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..backbones._backbone import Versions
+from ..backbones._pretrained import read_tensors
+from ..base import AnomalyDetector, keep_state_on_error, known_normal
+from ..features import BackboneEstimator
+from ..fisher import check_classes, mean_squared_gradients, sampled_loss
+from ..inference import FeaturePass, TrunkOutputs, TrunkPass, pool, to_tensor
+from ..inputs import Vectors, chunks
+from ..objectives import compactness, elastic_penalty, outlier_exposure
+from ..scorers import CentroidScorer, KMeansScorer, KNNScorer
+from ..scorers._base import HeldOutScores, Scorer, row_digests
+from ..training import DivergedError, shuffled_batches, train
+
+SCORERS = {"knn": KNNScorer, "kmeans": KMeansScorer, "centroid": CentroidScorer}
+ADAPTATIONS = {"early_stopping", "ses", "ewc", "joint", "outlier_exposure"}
+# mini-batches of 32: appendix D ("150k image samples" for "ses"), outlier exposure's
+# 75 epochs counted for CIFAR-10
+PAPER_STEPS = {
+    "early_stopping": 2300,
+    "ses": 4690,
+    "ewc": 7800,
+    "joint": 2300,
+    "outlier_exposure": 11775,
+}
+MAX_EPOCHS = 50  # how often the paper's longest adaptation shows each image
+ENOUGH = 20  # held-out samples, where a tenth would be fewer and there are 60
+COLLAPSED = 0.01  # of the features' spread: less was worse than no adaptation
+FISHER_SAMPLES = 100  # as many draws as the paper takes mini-batches
+
+
+class Adaptation:
+    """What is trained, and the objectives it is trained under: sections 2 and 3.
+
+    Each objective is a stream of losses without end, one for each mini-batch.
+    """
+
+    def __init__(
+        self,
+        stages: nn.Module,
+        head: nn.Module | None,
+        center: Tensor,
+        outputs: TrunkOutputs,
+        rows: NDArray[np.intp],
+        rng: np.random.RandomState,
+        *,
+        normalize: bool,
+    ) -> None:
+        self.device = outputs.task.device
+        self.stages = stages.to(self.device, memory_format=torch.channels_last)
+        self.head = head and head.to(self.device)
+        self.center = center.to(self.device)
+        self.outputs = outputs
+        self.rows = rows
+        # of its own, so that all objectives see the same mini-batches
+        self.rng = np.random.RandomState(draw_seed(rng))
+        self.batch_size = outputs.task.batch_size
+        self.normalize = normalize
+        self.trained = {
+            name: parameter
+            for name, parameter in stages.named_parameters()
+            if parameter.requires_grad
+        }
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Everything that has a gradient."""
+        of_head = self.head.parameters() if self.head else ()
+        return [*self.trained.values(), *(p for p in of_head if p.requires_grad)]
+
+    def pooled(self, x: NDArray[Any]) -> Tensor:
+        """Give features, from what the frozen stages made of images."""
+        return pool(self.stages(to_tensor(x).to(self.device).float()))
+
+    def psi(self, x: NDArray[Any]) -> Tensor:
+        """Give features, of unit length where so wanted."""
+        return unit_length(self.pooled(x), self.normalize)
+
+    def compactness(self) -> Iterator[Tensor]:
+        """Eq. 1."""
+        shuffled = shuffled_batches(self.rows, self.batch_size, self.rng)
+        for _, x in self.outputs.batches(shuffled):
+            yield compactness(self.psi(x), self.center)
+
+    def joint(
+        self, images: TrunkOutputs, classes: Tensor, alpha: float
+    ) -> Iterator[Tensor]:
+        """Eq. 2."""
+        everything = np.arange(len(classes))
+        shuffled = shuffled_batches(everything, self.batch_size, self.rng)
+        pretraining = images.batches(shuffled)
+        for loss, (index, x) in zip(self.compactness(), pretraining, strict=True):
+            logits = self.head(self.pooled(x))
+            target = classes[index].to(self.device)
+            yield F.cross_entropy(logits, target) + alpha * loss
+
+    def fisher(self, rng: np.random.RandomState) -> list[Tensor]:
+        """Eq. 3, over outcomes drawn from what the network predicts."""
+        chosen = rng.permutation(self.rows)[:FISHER_SAMPLES]
+        generator = torch.Generator().manual_seed(draw_seed(rng))
+        losses = (
+            sampled_loss(self.pooled(x), self.head, generator)
+            for _, x in self.outputs.batches(chunks(chosen, 1))
+        )
+        return mean_squared_gradients(list(self.trained.values()), losses)
+
+    def ewc(
+        self, fisher: list[Tensor], ewc_lambda: float, learning_rate: float
+    ) -> Iterator[Tensor]:
+        """Eq. 4; no spring is stiffer than gradient descent at this rate can follow."""
+        parameters = list(self.trained.values())
+        initial = [parameter.detach().clone() for parameter in parameters]
+        stiffness = [(ewc_lambda * f).clamp(max=1 / learning_rate) for f in fisher]
+        for loss in self.compactness():
+            yield loss + elastic_penalty(parameters, initial, stiffness)
+
+    def outlier_exposure(self, outliers: NDArray[np.intp]) -> Iterator[Tensor]:
+        """Eq. 5, over as many outliers as normal samples."""
+
+        def mixed() -> Iterator[NDArray[np.intp]]:
+            for normal in shuffled_batches(self.rows, self.batch_size, self.rng):
+                yield np.append(normal, self.rng.choice(outliers, len(normal)))
+
+        for index, x in self.outputs.batches(mixed()):
+            outlier = torch.from_numpy(np.arange(len(index)) >= len(index) // 2)
+            logits = self.head(self.psi(x))[:, 0]
+            yield outlier_exposure(logits, outlier.to(self.device))
+
+
+class PANDAEstimator(
+    ClassNamePrefixFeaturesOutMixin,
+    TransformerMixin,
+    AnomalyDetector,
+    BackboneEstimator,
+):
+    """PANDA: pretrained features, adapted to the normal images without collapse.
+
+    The last stages of a pretrained network are trained to draw the normal images'
+    features together (Eq. 1 of [1]_)::
+
+        L = mean_x ||psi(x) - c||^2,    c = the mean of the features before training
+
+    Anomalies, which are not trained on, stay behind, until all images fall on one
+    point. `adaptation` says what keeps them from it. New images are scored by the
+    distance to their nearest neighbours among the normal features.
+
+    Parameters
+    ----------
+    backbone : str, torch.nn.Module or callable, default="auto"
+        The network: a name of `skdeepad.backbones.list_backbones`, a module (a copy
+        is taken), or a function that makes one. "auto" is "efficientnet_lite0" for
+        images and "mlp" for vectors. Its last stage's output, averaged over
+        positions, is the feature.
+    weights : "default", "download", None or path, default="default"
+        Pretrained weights as found on this machine; the same, fetched first; random
+        ones; or a state dict's file. See `skdeepad.backbones.load_backbone`.
+    adaptation : {"ewc", "early_stopping", "ses", "joint", "outlier_exposure"} or \
+None, default="ewc"
+        What keeps features from collapse.
+
+        - "ewc": elastic weight consolidation (Eq. 4): each weight is held back to
+          its first value as far as it mattered there, by the Fisher information.
+        - "early_stopping": nothing but the end after `max_steps`.
+        - "ses": sample-wise early stopping: a sample's score is the largest, over
+          `n_checkpoints` equally spaced steps, of its distance divided by the typical
+          distance of held-out normal samples at that step.
+        - "joint": joint optimization (Eq. 2) with the classification that the network
+          was pretrained for, on images passed to `fit`.
+        - "outlier_exposure": known anomalies (-1 in y) are told from normal images
+          by logistic regression on the features, trained together with them (Eq. 5);
+          the logit is the score, and `scorer` is not used.
+        - None: the features stay as they are ("DN2").
+    trainable_stages : str or sequence of str, default=None
+        The stages that are trained; those before the first of them run once per
+        image. None: the last two of the network ("pool" not counted; with
+        "conv_head", where there is one), the paper's choice.
+    normalize : bool, default=True
+        Whether features are scaled to unit length, in training and in scoring, so
+        that distances are those of directions. The paper does not; see Notes.
+    scorer : {"knn", "kmeans", "centroid"} or outlier detector, default="knn"
+        What scores the adapted features: `KNNScorer` (k = 2, the paper's),
+        `KMeansScorer` (10 means), `CentroidScorer`, all with their defaults, or any
+        scikit-learn outlier detector. ``make_pipeline(GaussianScorer(),
+        KNNScorer())`` is the paper's whitening.
+    include_initial : bool, default=True
+        Whether the features as they were before count beside the adapted ones: a
+        score is then the mean of the distances in both, each divided by its typical
+        value. For "ses" they are one more checkpoint. The paper leaves them out.
+    max_steps : int, default=30
+        For how many mini-batches it trains. The paper: 2,300 with early stopping,
+        7,800 with EWC, on another network; see Notes.
+    learning_rate : float, default=0.01
+        Of stochastic gradient descent.
+    momentum : float, default=0.9
+        Of stochastic gradient descent, in [0, 1).
+    weight_decay : float, default=0.0
+        Of stochastic gradient descent. The paper's is 5e-5; see Notes.
+    clip_norm : float or None, default=1.0
+        Bound on the norm of the whole gradient. The paper's is 1e-3; see Notes.
+    ewc_lambda : float, default=0.3
+        Lambda of Eq. 4, for a Fisher diagonal of single samples' gradients, and
+        the mean over samples of the squared distance. (The official code's 1e4 goes
+        with gradients of 32 samples at a time and a distance divided by the number of
+        features d: here, 1e4 * d / 32.) 0 is early stopping.
+    fisher : path, mapping or None, default=None
+        The Fisher diagonal for "ewc": what `skdeepad.fisher.fisher_diagonal` returns
+        for the backbone, or the file it was saved to (``torch.save`` or safetensors).
+        None: from 100 of the training images, with outcomes drawn from the network's
+        own softmax (from a Gaussian about its features, if it has no head).
+    joint_alpha : float, default=0.1
+        Alpha of Eq. 2: the weight of compactness against classification.
+    n_checkpoints : int, default=10
+        How many checkpoints "ses" keeps.
+    validation_fraction : float, default=0.1
+        Share of the normal images that is not trained on, in (0, 0.5): they tell what
+        distance is typical of new ones (Appendix D). At least 20 images, or a third
+        of fewer than 60.
+    contamination : float, default=0.05
+        Share of new normal images that may fall below the threshold, in (0, 0.5].
+    image_size : int or (int, int), default=None
+        Height and width in pixels that images are resized to (bilinear, antialiased,
+        aspect not kept). None: what the network was trained on, or else the images'
+        own. Smaller is faster: cost goes with the area.
+    image_shape : (int, int, int) or (int, int), default=None
+        (channels, height, width) or (height, width) of one image, where X does not
+        tell: rows that are flattened images, or an ambiguous channel axis.
+    batch_size : int, default=32
+        How many samples the network sees at once, in training and in scoring.
+    max_cache_bytes : int, default=2**30
+        What the frozen stages make of the training images is kept in memory if it
+        takes no more than this, and computed again for each mini-batch otherwise.
+        Scores are the same.
+    memory : str, path or joblib.Memory, default=None
+        Folder in which what the frozen stages make of images is kept by the content
+        of the image, for the folds and candidates of a grid search in all of its
+        processes.
+    on_error : {"raise", "skip"}, default="raise"
+        What to do about image files that cannot be read: raise an error that names
+        them all, or warn, leave them out of `fit` and score them NaN.
+    device : str, default="auto"
+        Device of torch's. "auto": CUDA or MPS where there is one, else the CPU.
+    precision : {"auto", "float32", "bfloat16"}, default="auto"
+        Of the frozen stages, and of the trained ones in scoring: "auto" runs images
+        in bfloat16 where the processor is made for it (AMX, CUDA). Training is in
+        float32, distances are in float64.
+    random_state : int, RandomState instance or None, default=None
+        Seeds random weights, the held-out share, mini-batches and drawn outcomes.
+    verbose : bool or int, default=False
+        Whether to show a progress bar. In `fit`, scikit-learn's callbacks are served
+        too (1.9 and later).
+
+    Attributes
+    ----------
+    backbone_ : skdeepad.backbones.Backbone
+        The network as it was before.
+    trained_stages_ : tuple of str
+        The stages that were trained.
+    stages_ : tuple of str
+        The stage whose output is the feature: the last.
+    checkpoints_ : tuple of int
+        The steps at which the trained stages were kept, to score by.
+    scorers_ : list of outlier detectors
+        One fitted scorer for each checkpoint.
+    loss_curve_ : ndarray of shape (n_iter_,)
+        The loss of each mini-batch.
+    n_iter_ : int
+        Number of steps taken.
+    offset_ : float
+        The threshold on ``score_samples``: the `contamination` quantile of the
+        training images' scores, brought to the level of held-out images.
+    image_size_ : (int, int) or None
+        Size at which the network runs; None for vectors.
+    image_shape_in_ : (int, int, int) or None
+        (channels, height, width) of the arrays seen in `fit`; None for files and
+        vectors.
+    n_features_in_ : int
+        Number of columns seen in `fit`, where X was 2-D.
+    feature_names_in_ : ndarray of str
+        Names of the columns, where X had them.
+
+    See Also
+    --------
+    skdeepad.fisher.fisher_diagonal : The Fisher diagonal, computed once and saved.
+    MahalanobisFeatureScorer : Nothing is trained.
+
+    Notes
+    -----
+    BatchNorm keeps its pretrained statistics throughout, as in the official code.
+
+    `from_paper` gives the paper's numbers. With the default network they make
+    nearest neighbours worse: under a gradient clipped at 1e-3, weight decay moves the
+    weights 15 times further than compactness. The defaults were chosen on training
+    images of Fashion-MNIST alone; docs/panda.md tells how.
+
+    References
+    ----------
+    .. [1] T. Reiss et al., "PANDA: Adapting Pretrained Features for Anomaly
+       Detection and Segmentation", CVPR 2021.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from skdeepad import PANDAEstimator
+    >>> X, y = load_digits(return_X_y=True)
+    >>> X = X.reshape(-1, 8, 8)[:200] / 16
+    >>> zeros, ones = X[y[:200] == 0], X[y[:200] == 1]
+    >>> detector = PANDAEstimator(image_size=64, max_steps=10, random_state=0)
+    >>> detector = detector.fit(zeros)
+    >>> bool(detector.score_samples(zeros).mean() > detector.score_samples(ones).mean())
+    True
+    """
+
+    _parameter_constraints = {  # noqa: RUF012
+        **{
+            name: constraint
+            for name, constraint in BackboneEstimator._parameter_constraints.items()
+            if name != "stages"
+        },
+        **AnomalyDetector._parameter_constraints,
+        "adaptation": [StrOptions(ADAPTATIONS), None],
+        "trainable_stages": [str, tuple, list, None],
+        "normalize": ["boolean"],
+        "scorer": [StrOptions(set(SCORERS)), HasMethods(["fit", "score_samples"])],
+        "include_initial": ["boolean"],
+        "max_steps": [Interval(Integral, 1, None, closed="left")],
+        "learning_rate": [Interval(Real, 0, None, closed="neither")],
+        "momentum": [Interval(Real, 0, 1, closed="left")],
+        "weight_decay": [Interval(Real, 0, None, closed="left")],
+        "clip_norm": [Interval(Real, 0, None, closed="neither"), None],
+        "ewc_lambda": [Interval(Real, 0, None, closed="left")],
+        "fisher": [str, Path, Mapping, None],
+        "joint_alpha": [Interval(Real, 0, None, closed="left")],
+        "n_checkpoints": [Interval(Integral, 1, None, closed="left")],
+        "validation_fraction": [Interval(Real, 0, 0.5, closed="neither")],
+        "max_cache_bytes": [Interval(Integral, 0, None, closed="left")],
+    }
+
+    def __init__(
+        self,
+        backbone: Any = "auto",
+        *,
+        weights: str | Path | None = "default",
+        adaptation: str | None = "ewc",
+        trainable_stages: str | Iterable[str] | None = None,
+        normalize: bool = True,
+        scorer: Any = "knn",
+        include_initial: bool = True,
+        max_steps: int = 30,
+        learning_rate: float = 0.01,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        clip_norm: float | None = 1.0,
+        ewc_lambda: float = 0.3,
+        fisher: Any = None,
+        joint_alpha: float = 0.1,
+        n_checkpoints: int = 10,
+        validation_fraction: float = 0.1,
+        contamination: float = 0.05,
+        image_size: int | tuple[int, int] | None = None,
+        image_shape: tuple[int, ...] | None = None,
+        batch_size: int = 32,
+        max_cache_bytes: int = 2**30,
+        memory: Any = None,
+        on_error: str = "raise",
+        device: str = "auto",
+        precision: str = "auto",
+        random_state: int | np.random.RandomState | None = None,
+        verbose: bool | int = False,
+    ) -> None:
+        self.backbone = backbone
+        self.weights = weights
+        self.adaptation = adaptation
+        self.trainable_stages = trainable_stages
+        self.normalize = normalize
+        self.scorer = scorer
+        self.include_initial = include_initial
+        self.max_steps = max_steps
+        self.learning_rate = learning_rate
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.clip_norm = clip_norm
+        self.ewc_lambda = ewc_lambda
+        self.fisher = fisher
+        self.joint_alpha = joint_alpha
+        self.n_checkpoints = n_checkpoints
+        self.validation_fraction = validation_fraction
+        self.contamination = contamination
+        self.image_size = image_size
+        self.image_shape = image_shape
+        self.batch_size = batch_size
+        self.max_cache_bytes = max_cache_bytes
+        self.memory = memory
+        self.on_error = on_error
+        self.device = device
+        self.precision = precision
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @classmethod
+    def from_paper(cls, adaptation: str | None = "ewc", **changes: Any) -> Any:
+        """Make the estimator with the numbers of the paper and its official code.
+
+        ResNet-152, its blocks 3 and 4 trained, features as they come; SGD at 0.01 (0.1
+        for outlier exposure) with momentum 0.9, weight decay 5e-5 (none for outlier
+        exposure) and the gradient's norm clipped at 1e-3, for as many mini-batches of
+        32 as the adaptation has in the paper's appendix D.
+
+        Parameters
+        ----------
+        adaptation : str or None, default="ewc"
+            As in the class.
+        **changes
+            Parameters that are to be otherwise.
+
+        Returns
+        -------
+        PANDAEstimator
+            Not fitted. Its weights are torchvision's; see `weights`.
+        """
+        paper = {
+            "backbone": "resnet152",
+            "adaptation": adaptation,
+            "trainable_stages": ("stage3", "stage4"),
+            "normalize": False,
+            "include_initial": False,
+            "max_steps": PAPER_STEPS.get(adaptation, 1),
+            "weight_decay": 5e-5,
+            "clip_norm": 1e-3,
+            # Eq. 4 with the official scales: a loss divided by its 2,048 features,
+            # a Fisher diagonal from gradients of 32 samples at a time
+            "ewc_lambda": 1e4 * 2048 / 32,
+            "n_checkpoints": 6,  # every 5 epochs of 5,000 images
+        }
+        if adaptation == "outlier_exposure":
+            paper |= {
+                "trainable_stages": ("stage4",),
+                "learning_rate": 0.1,
+                "weight_decay": 0.0,
+            }
+        return cls(**{**paper, **changes})
+
+    @keep_state_on_error
+    @_fit_context(prefer_skip_nested_validation=False)
+    def fit(
+        self,
+        X: Any,
+        y: ArrayLike | None = None,
+        *,
+        X_pretrain: Any = None,
+        y_pretrain: ArrayLike | None = None,
+    ) -> PANDAEstimator:
+        """Adapt the features to normal images, and learn their density.
+
+        Parameters
+        ----------
+        X : array-like or sequence of paths
+            ``(n, d)`` vectors or flattened images; ``(n, height, width)``,
+            ``(n, height, width, channels)`` or ``(n, channels, height, width)``
+            images, uint8 or floats in [0, 1]; or paths of image files.
+        y : array-like of shape (n_samples,), default=None
+            +1 for normal images, -1 for known anomalies: they are left out, except
+            by ``adaptation="outlier_exposure"``, which needs them.
+        X_pretrain : array-like or sequence of paths, default=None
+            For ``adaptation="joint"``: images of the classes that the network was
+            pretrained on.
+        y_pretrain : array-like of int, default=None
+            Their classes: numbers of the head's logits.
+
+        Returns
+        -------
+        PANDAEstimator
+            The detector itself.
+
+        Raises
+        ------
+        ValueError
+            If X, y or a parameter is not what is described here.
+        FileNotFoundError
+            If image files, or the weights, are missing.
+
+        Warns
+        -----
+        ConvergenceWarning
+            If the loss is not finite, if features collapse (held-out images keep
+            less than 1 % of their spread), or if images are shown more often than in
+            the paper's longest adaptation (50 times).
+        """
+        inputs = self._fit_inputs(X)
+        normal = known_normal(y, len(inputs))
+        exposed = self.adaptation == "outlier_exposure"
+        if exposed and normal.all():
+            raise ValueError(
+                "adaptation='outlier_exposure' needs known anomalies: y labels no row "
+                "as one (-1)."
+            )
+        if not (exposed or normal.all()):
+            inputs, normal = inputs.take(normal), normal[normal]
+        rng = check_random_state(self.random_state)
+        stages = self._copy_stages()
+        trunk = self._trunk_pass()
+        self._trunk_row = trunk.row(inputs)
+        self._use({"step0": copy.deepcopy(stages)})
+        outputs = TrunkOutputs(trunk, inputs, self.max_cache_bytes)
+        first = self._run(trunk, inputs, not self.adaptation, self._trunk_row)
+        features = self._gather(self._run_versions(outputs.keep(first)), len(inputs))
+        readable = ~np.isnan(features).any(axis=1)
+        rows = np.flatnonzero(normal & readable)
+        if len(rows) < 2:
+            raise ValueError(
+                f"Found {len(rows)} normal sample(s) (n_samples={len(rows)}) while a "
+                f"minimum of 2 is required by {type(self).__name__}."
+            )
+        held_out = self._hold_out(len(rows), rng)
+        self.loss_curve_, self.checkpoints_, self._logit = np.empty(0), (0,), None
+        if self.adaptation:
+            initial = torch.from_numpy(features[rows[~held_out]])
+            adaptation = Adaptation(
+                stages,
+                self._trained_head(features.shape[1], rng),
+                unit_length(initial, self.normalize).mean(dim=0),
+                outputs,
+                rows[~held_out],
+                rng,
+                normalize=self.normalize,
+            )
+            if exposed:
+                outliers = np.flatnonzero(~normal & readable)
+                losses = adaptation.outlier_exposure(outliers)
+            elif self.adaptation == "joint":
+                pretraining = self._pretraining(X_pretrain, y_pretrain)
+                losses = adaptation.joint(*pretraining, self.joint_alpha)
+            elif self.adaptation == "ewc":
+                fisher = self._given_fisher(adaptation) or adaptation.fisher(rng)
+                losses = adaptation.ewc(fisher, self.ewc_lambda, self.learning_rate)
+            else:
+                losses = adaptation.compactness()
+            before = self._by_version(features[rows[held_out]])[-1]
+            self._use(self._train(adaptation, losses))
+            again = outputs.batches(chunks(rows, self.batch_size))
+            features = self._gather(self._run_versions(again), len(inputs))
+            self._watch(before, self._by_version(features[rows[held_out]])[-1])
+        self.n_iter_ = len(self.loss_curve_)
+        self._learn_scores(features[rows], held_out, rng)
+        return self
+
+    def _copy_stages(self) -> nn.Sequential:
+        """Copy the stages from the first trained one on, ready to be trained."""
+        names = self.backbone_.stage_names
+        if self.trainable_stages is None:
+            blocks = [name for name in names if name not in ("pool", "conv_head")]
+            first = names.index((blocks or names)[-2:][0])
+            chosen = [name for name in names[first:] if name != "pool"]
+            self.trained_stages_ = tuple(chosen or names)
+        else:
+            chosen = self.trainable_stages
+            chosen = (chosen,) if isinstance(chosen, str) else chosen
+            self.trained_stages_ = self.backbone_.check_stages(
+                chosen, "trainable_stages"
+            )
+        copied = self.backbone_.clone().stages
+        stages = nn.Sequential(
+            OrderedDict(
+                (name, copied[name])
+                for name in names[names.index(self.trained_stages_[0]) :]
+            )
+        )
+        for name, stage in stages.named_children():
+            stage.requires_grad_(name in self.trained_stages_)
+        if not any(parameter.requires_grad for parameter in stages.parameters()):
+            raise ValueError(
+                f"trainable_stages={self.trained_stages_} have no weights to train."
+            )
+        return stages
+
+    def _trunk_pass(self) -> TrunkPass:
+        """Name the stages before the first trained one."""
+        names = self.backbone_.stage_names
+        first = names.index(self.trained_stages_[0])
+        return TrunkPass(**{**vars(self._feature_pass()), "stages": names[:first]})
+
+    def _use(self, versions: Mapping[str, nn.Module]) -> None:
+        """Take the features of these versions of the stages after them."""
+        _, shape = self._trunk_row
+        to_map = self.backbone_.to_map
+        self._versions = Versions(versions, shape, to_map).frozen()
+        self._widths = self._versions_pass().widths(shape)
+
+    def _versions_pass(self) -> FeaturePass:
+        names = self._versions.stage_names
+        return replace(self._feature_pass(), backbone=self._versions, stages=names)
+
+    def _batches(
+        self, inputs: Vectors, fitting: bool
+    ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
+        return self._run_versions(
+            self._run(self._trunk_pass(), inputs, fitting, self._trunk_row)
+        )
+
+    def _run_versions(
+        self, outputs: Iterable[tuple[NDArray[np.intp], NDArray[Any]]]
+    ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
+        """Turn what the frozen stages made of samples into features."""
+        task = self._versions_pass()
+        for index, values in outputs:
+            for part in chunks(np.arange(len(index)), self.batch_size):
+                yield index[part], task.run(to_tensor(values[part]))
+
+    def _hold_out(self, n: int, rng: np.random.RandomState) -> NDArray[np.bool_]:
+        """Choose the samples that are not trained on: App. D's 10 %."""
+        held_out = np.zeros(n, dtype=bool)
+        # the package's scorers know their scores when left out themselves
+        if self.adaptation or not isinstance(self.scorer, str | Scorer):
+            n_held_out = int(np.ceil(self.validation_fraction * n))
+            n_held_out = max(n_held_out, min(ENOUGH, n // 3))
+            held_out[rng.permutation(n)[:n_held_out]] = True
+        return held_out
+
+    def _trained_head(
+        self, n_features: int, rng: np.random.RandomState
+    ) -> nn.Module | None:
+        if self.adaptation == "outlier_exposure":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(draw_seed(rng))
+                self._logit = nn.Linear(n_features, 1)
+            return self._logit
+        head = copy.deepcopy(self.backbone_.head)
+        return head and head.requires_grad_(self.adaptation == "joint")
+
+    def _pretraining(self, X: Any, y: ArrayLike | None) -> tuple[TrunkOutputs, Tensor]:
+        """Check the images that the network was pretrained on, and run the trunk."""
+        if X is None or y is None:
+            raise ValueError(
+                "adaptation='joint' trains on labelled pretraining images, too: pass "
+                "them as fit(X, X_pretrain=..., y_pretrain=...)."
+            )
+        if self.backbone_.head is None:
+            raise ValueError(
+                "adaptation='joint' needs a backbone with a head that predicts classes."
+            )
+        inputs = self._check_inputs(X)
+        classes = check_classes(y, len(inputs), self.backbone_)
+        trunk = self._trunk_pass()
+        outputs = TrunkOutputs(trunk, inputs, self.max_cache_bytes)
+        for _ in outputs.keep(self._run(trunk, inputs, False, self._trunk_row)):
+            pass
+        return outputs, classes
+
+    def _given_fisher(self, adaptation: Adaptation) -> list[Tensor] | None:
+        """Look up the Fisher diagonal of the trained weights, if it was given."""
+        given = self.fisher
+        if given is None:
+            return None
+        if not isinstance(given, Mapping):
+            given = read_tensors(Path(given), "fisher")
+        found = []
+        for name, parameter in adaptation.trained.items():
+            values = given.get(f"stages.{name}")
+            if values is None or np.shape(values) != parameter.shape:
+                raise ValueError(
+                    f"fisher has no values of shape {tuple(parameter.shape)} for the "
+                    f"weight 'stages.{name}'; make it with skdeepad.fisher."
+                    "fisher_diagonal for this backbone."
+                )
+            found.append(torch.as_tensor(values, dtype=torch.float32))
+        return [values.to(adaptation.device) for values in found]
+
+    def _train(
+        self, adaptation: Adaptation, losses: Iterator[Tensor]
+    ) -> dict[str, nn.Module]:
+        """Take the steps; give the trained stages as they were at the checkpoints."""
+        epochs = self.max_steps * self.batch_size / len(adaptation.rows)
+        if epochs > MAX_EPOCHS:
+            enough = MAX_EPOCHS * len(adaptation.rows) // self.batch_size
+            warnings.warn(
+                f"max_steps={self.max_steps} shows each of {len(adaptation.rows)} "
+                f"images {epochs:.0f} times, more than they support ({MAX_EPOCHS}): "
+                f"set max_steps to {max(enough, 1)} or less, or get more images.",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+        n = self.n_checkpoints if self.adaptation == "ses" else 1
+        wanted = {round(self.max_steps * (i + 1) / n) for i in range(n)} - {0}
+        optimizer = torch.optim.SGD(
+            adaptation.parameters,
+            lr=self.learning_rate,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+        )
+        steps = train(
+            optimizer, islice(losses, self.max_steps), clip_norm=self.clip_norm
+        )
+        versions = {"step0": copy.deepcopy(adaptation.stages).cpu()}
+        tracked = self._track(steps, self.max_steps, fitting=True, unit="step")
+        curve = []
+        try:
+            for step, loss in enumerate(tracked, 1):
+                curve.append(loss)
+                if step in wanted:
+                    versions[f"step{step}"] = copy.deepcopy(adaptation.stages).cpu()
+        except DivergedError:
+            warnings.warn(
+                f"The loss was not finite after {len(curve)} steps; what was reached "
+                f"at {list(versions)[-1]} is used. Lower learning_rate or clip_norm.",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+        initial = self.include_initial and self._logit is None
+        if len(versions) > 1 and not initial:
+            del versions["step0"]
+        self.loss_curve_ = np.array(curve)
+        self.checkpoints_ = tuple(int(name.removeprefix("step")) for name in versions)
+        return versions
+
+    def _watch(self, before: NDArray[Any], after: NDArray[Any]) -> None:
+        """Warn if held-out features have fallen on one point."""
+        left = after.var(axis=0).sum() / max(before.var(axis=0).sum(), 1e-30)
+        if left < COLLAPSED and self._logit is None:
+            warnings.warn(
+                f"Features have collapsed: held-out images keep {100 * left:.2g} % of "
+                "their spread. Lower max_steps or learning_rate, or raise ewc_lambda.",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
+
+    def _learn_scores(
+        self,
+        features: NDArray[np.float32],
+        held_out: NDArray[np.bool_],
+        rng: np.random.RandomState,
+    ) -> None:
+        """Fit a scorer to each checkpoint's features, and set the threshold."""
+        scorer: Any = self.scorer
+        if isinstance(scorer, str):
+            scorer = SCORERS[scorer]()
+            if isinstance(scorer, KMeansScorer):
+                scorer.set_params(random_state=draw_seed(rng))
+        self.scorers_, self._typical, unseen = [], [], []
+        for psi in self._by_version(features) if self._logit is None else ():
+            if held_out.any():
+                # App. D: the others are the gallery of the held-out ones
+                gallery = clone(scorer).fit(psi[~held_out])
+                unseen.append(gallery.score_samples(psi[held_out]))
+                self._typical.append(-unseen[-1].mean())
+            self.scorers_.append(clone(scorer).fit(psi))
+        scores = self._score(features)
+        if held_out.any():
+            if unseen:
+                scores[held_out] = self._combine(unseen)
+            scores[~held_out] = as_unseen(scores[~held_out], scores[held_out])
+        self._set_offset(scores)
+        self._held_out = HeldOutScores(row_digests(features), scores)
+
+    def _by_version(self, features: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """Part features by checkpoint; of unit length where so wanted."""
+        parts = torch.from_numpy(features).split(self._widths, dim=1)
+        return [unit_length(part, self.normalize).numpy() for part in parts]
+
+    def _score(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
+        versions = self._by_version(features)
+        if self._logit is not None:
+            with torch.inference_mode():
+                logits = self._logit(torch.from_numpy(versions[0]))[:, 0]
+            return -logits.numpy().astype(np.float64)
+        pairs = zip(self.scorers_, versions, strict=True)
+        return self._combine([scorer.score_samples(psi) for scorer, psi in pairs])
+
+    def _combine(self, scores: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+        """Divide distances by typical ones; SES takes the largest (section 3)."""
+        if len(scores) == 1 and self.adaptation != "ses":
+            return scores[0]
+        ratios = [s / typical for s, typical in zip(scores, self._typical, strict=True)]
+        return (np.min if self.adaptation == "ses" else np.mean)(ratios, axis=0)
+
+    def score_samples(self, X: Any) -> NDArray[np.float64]:
+        """Score images by their distance from the normal ones, in adapted features.
+
+        Parameters
+        ----------
+        X : array-like or sequence of paths
+            Images, in any form that `fit` takes.
+
+        Returns
+        -------
+        ndarray of float64, shape (n_samples,)
+            Minus the distance, so that higher = more normal; where there are several
+            checkpoints, minus the mean of distance / typical distance over them, or
+            minus the largest of these for "ses". For "outlier_exposure", minus the
+            logit of being an outlier. NaN for files skipped by ``on_error="skip"``.
+        """
+        inputs = self._check_inputs(X)
+        scores = np.full(len(inputs), np.nan)
+        for index, features in self._features(inputs):
+            scores[index] = self._held_out.recall(
+                row_digests(features), self._score(features)
+            )
+        return scores
+
+    def transform(self, X: Any) -> NDArray[np.float32]:
+        """Give the adapted features.
+
+        Parameters
+        ----------
+        X : array-like or sequence of paths
+            Images, in any form that `fit` takes.
+
+        Returns
+        -------
+        ndarray of float32, shape (n_samples, n_features)
+            What the scorer sees; for "ses", of all checkpoints side by side.
+        """
+        features = self._all_features(self._check_inputs(X))
+        return np.hstack(self._by_version(features))
+
+    @property
+    def _n_features_out(self) -> int:
+        return sum(self._widths)
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float32"]
+        return tags
+
+
+def as_unseen(
+    trained: NDArray[np.float64], unseen: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Bring scores of samples that were trained on to the level of unseen ones.
+
+    Training draws its samples nearer than it draws new ones, which would put the
+    threshold too near. Distances are stretched, other scores are shifted, until the
+    means agree.
+    """
+    if trained.max() <= 0 and unseen.max() <= 0 and trained.mean() < 0:
+        return trained * (unseen.mean() / trained.mean())
+    return trained + (unseen.mean() - trained.mean())
+
+
+def unit_length(features: Tensor, normalize: bool) -> Tensor:
+    """Scale each row to unit length, if so wanted."""
+    return F.normalize(features) if normalize else features
+
+
+def draw_seed(rng: np.random.RandomState) -> int:
+    """Draw a seed for another generator."""
+    return int(rng.randint(np.iinfo(np.int32).max))

@@ -1,0 +1,77 @@
+"""The one training loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+
+
+class DivergedError(ArithmeticError):
+    """The loss is not a finite number any more."""
+
+
+def train(
+    optimizer: Optimizer, losses: Iterable[Tensor], *, clip_norm: float | None = None
+) -> Iterator[float]:
+    """Take one step of the optimizer for each loss.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+        Holds the parameters.
+    losses : iterable of Tensor of shape ()
+        One for each mini-batch, computed when its turn comes.
+    clip_norm : float, default=None
+        The norm of the whole gradient is not let above it.
+
+    Yields
+    ------
+    float
+        The loss, once the step is taken.
+
+    Raises
+    ------
+    DivergedError
+        If a loss is not finite; the step is not taken.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for loss in losses:
+        value = loss.item()
+        if not math.isfinite(value):
+            raise DivergedError(f"the loss is {value}")
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        if clip_norm is not None:
+            clip_grad_norm_(parameters, clip_norm)
+        optimizer.step()
+        yield value
+
+
+def shuffled_batches(
+    index: NDArray[np.intp], batch_size: int, rng: np.random.RandomState
+) -> Iterator[NDArray[np.intp]]:
+    """Give mini-batches of samples without end, in a new order each epoch.
+
+    Parameters
+    ----------
+    index : ndarray of int
+        The samples.
+    batch_size : int
+        How many are given at once; an epoch's last batch may hold fewer.
+    rng : numpy.random.RandomState
+        Shuffles them.
+
+    Yields
+    ------
+    ndarray of int
+        Some of `index`.
+    """
+    while True:
+        order = rng.permutation(index)
+        yield from (order[i : i + batch_size] for i in range(0, len(order), batch_size))
