@@ -12,6 +12,7 @@ arrays  score_samples on uint8 arrays, as images per second over the floor's
 paths   score_samples on image files, likewise; reading them is not in the floor
 fit     fit on uint8 arrays, likewise
 grid    a grid search over six scorers, as time over that of one pass of features
+panda   scoring by ten checkpoints (SES), as time over that of unadapted features
 memory  peak memory of score_samples on few files and on many (Linux only)
 """
 
@@ -44,6 +45,7 @@ from skdeepad import (
     KNNScorer,
     MahalanobisFeatureScorer,
     OneClassKFold,
+    PANDAEstimator,
 )
 from skdeepad.backbones import load_backbone
 from skdeepad.datasets import load_fashion_mnist
@@ -189,11 +191,15 @@ def measure_fit(repeats: int) -> list[dict[str, Any]]:
 
 
 def search(
-    images: NDArray[np.uint8], y: NDArray[np.int_], features: Any, pipeline: Any
+    images: NDArray[np.uint8],
+    y: NDArray[np.int_],
+    size: int,
+    features: Any,
+    pipeline: Any,
 ) -> None:
     """Try six scorers in two processes; the arguments say where features are kept."""
     steps = [
-        ("features", CountedFeatures(image_size=112, device="cpu", memory=features)),
+        ("features", CountedFeatures(image_size=size, device="cpu", memory=features)),
         ("knn", KNNScorer()),
     ]
     GridSearchCV(
@@ -205,12 +211,12 @@ def search(
     ).fit(images, y)
 
 
-def start_workers(warm: bool, image: NDArray[np.uint8]) -> None:
+def start_workers(warm: bool, image: NDArray[np.uint8], size: int) -> None:
     """End worker processes; where asked to, start those whose start does not count."""
     get_reusable_executor().shutdown(wait=True)
 
     def ready() -> None:
-        CountedFeatures(image_size=112, device="cpu").fit(image).transform(image)
+        CountedFeatures(image_size=size, device="cpu").fit(image).transform(image)
         time.sleep(1)  # so that each worker gets one of the tasks
 
     if warm:
@@ -233,21 +239,26 @@ def measure_grid(repeats: int) -> list[dict[str, Any]]:
     data = load_fashion_mnist()
     normal, other = np.flatnonzero(data.target == 0), np.flatnonzero(data.target != 0)
     rows = []
-    for n, variants in ((6000, SHARED), (600, UNSHARED)):
+    for n, size, variants in (
+        (2000, 224, SHARED),
+        (6000, 112, SHARED),
+        (600, 112, UNSHARED),
+    ):
         index = np.r_[normal[: n - n // 6], other[: n // 6]]
         y = np.where(data.target[index] == 0, 1, -1)
-        rows += measure_searches(data.images[index], y, variants, repeats)
+        rows += measure_searches(data.images[index], y, size, variants, repeats)
     return rows
 
 
 def measure_searches(
     images: NDArray[np.uint8],
     y: NDArray[np.int_],
+    size: int,
     variants: dict[str, tuple[bool, bool, bool]],
     repeats: int,
 ) -> list[dict[str, Any]]:
     n = len(images)
-    one_pass = BackboneFeatures(image_size=112, device="cpu").fit(images)
+    one_pass = BackboneFeatures(image_size=size, device="cpu").fit(images)
     passes: list[float] = []
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     passed: dict[str, int] = {}
@@ -259,17 +270,17 @@ def measure_searches(
             with TemporaryDirectory() as folder:
                 count = Path(folder, "passed")
                 os.environ[PASSED] = str(count)  # before the workers start
-                start_workers(warm, images[:1])
+                start_workers(warm, images[:1], size)
                 count.unlink(missing_ok=True)
                 kept = [f"{folder}/{i}" if on else None for i, on in enumerate(keep)]
                 start = time.perf_counter()
-                search(images, y, *kept)
+                search(images, y, size, *kept)
                 seconds[name].append(time.perf_counter() - start)
                 passed[name] = sum(map(int, count.read_text().split()))
     rows = []
     for name in variants:
         row = {
-            "what": f"grid, {name}",
+            "what": f"grid, {size} px, {name}",
             "n_images": n,
             "seconds": round(min(seconds[name]), 2),
             "pass_seconds": round(min(passes), 2),
@@ -277,6 +288,41 @@ def measure_searches(
             **ratios(seconds[name], passes),
         }
         print_row(row, f"{row['passes']:.2f} passes")
+        rows.append(row)
+    return rows
+
+
+def measure_panda(repeats: int) -> list[dict[str, Any]]:
+    """Score by the unadapted network and by ten checkpoints, in turns."""
+    n = 1000
+    rows = []
+    for size in (112, 224):
+        photos, new = make_photos(500, size), make_photos(n, size, seed=1)
+        none, ses = (
+            PANDAEstimator(
+                adaptation=adaptation,
+                image_size=size,
+                include_initial=False,
+                n_checkpoints=10,
+                max_steps=10,
+                device="cpu",
+                random_state=0,
+            ).fit(photos)
+            for adaptation in (None, "ses")
+        )
+        seconds: dict[str, list[float]] = {"none": [], "ses": []}
+        for _ in range(repeats):
+            for name, detector in (("none", none), ("ses", ses)):
+                start = time.perf_counter()
+                detector.score_samples(new)
+                seconds[name].append(time.perf_counter() - start)
+        row = {
+            "what": f"panda, {size} px, ten checkpoints over none",
+            "n_images": n,
+            "images_per_second": round(n / min(seconds["none"]), 1),
+            **ratios(seconds["ses"], seconds["none"]),
+        }
+        print_row(row, f"{row['images_per_second']:.0f} images/s")
         rows.append(row)
     return rows
 
@@ -308,6 +354,7 @@ PARTS = {
     "paths": measure_paths,
     "fit": measure_fit,
     "grid": measure_grid,
+    "panda": measure_panda,
     "memory": measure_memory,
 }
 
@@ -325,9 +372,10 @@ def main() -> None:
         return
     told = environment()
     print(f"{'':72}   ratio  median")
-    results = {part: PARTS[part](args.repeats) for part in args.parts}
-    name = "-".join(["speed", *(args.parts if args.parts != list(PARTS) else [])])
-    write_json(name, {"repeats": args.repeats, **results, "environment": told})
+    for part in args.parts:
+        rows = PARTS[part](args.repeats)
+        content = {"repeats": args.repeats, part: rows, "environment": told}
+        write_json(f"speed-{part}", content)
 
 
 if __name__ == "__main__":
