@@ -120,9 +120,11 @@ def pretraining_images(n: int = 512, size: int = 28) -> tuple[Any, Any]:
         return images, network(larger).argmax(dim=1).numpy()
 
 
-def run_study(study: str, arguments: list[str]) -> None:
+def run_study(study: str, only: list[str] | None, arguments: list[str]) -> None:
     rows = {}
     for name, (detector, settings, published) in STUDIES[study].items():
+        if only is not None and name not in only:
+            continue
         print(f"\n{name}", flush=True)
         suffix = f"{study}-{name.replace(' ', '_').replace(',', '')}"
         content = one_vs_rest.main(
@@ -171,6 +173,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("study", choices=[*STUDIES, "one_class_svm"])
+    parser.add_argument("--rows", nargs="+", help="of the study; default: all")
     args, arguments = parser.parse_known_args()  # the others are one_vs_rest's
     if args.study == "one_class_svm":
         run_one_class_svm()
@@ -179,7 +182,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         if "--memory" not in arguments:
             arguments += ["--memory", folder]
-        run_study(args.study, arguments)
+        run_study(args.study, args.rows, arguments)
 
 
 if __name__ == "__main__":

@@ -426,8 +426,13 @@ def test_false_alarms_on_samples_never_seen(adaptation, n):
 # speed and memory
 
 
+@pytest.mark.parametrize("kind", ["arrays", "paths"])
 @each_adaptation
-def test_scores_are_the_same_without_the_cache(adaptation, textures):
+def test_scores_are_the_same_without_the_cache(adaptation, kind, textures, image_files):
+    train, test = textures.X_train, textures.X_test
+    if kind == "paths":
+        train, test = image_files.train, image_files.test
+
     def scores(bound):
         estimator = PANDAEstimator(
             adaptation=adaptation,
@@ -438,15 +443,13 @@ def test_scores_are_the_same_without_the_cache(adaptation, textures):
             max_cache_bytes=bound,
             random_state=0,
         )
-        if adaptation == "outlier_exposure":
-            estimator.fit(textures.X_train, np.repeat([1, -1], [16, 8]))
+        if adaptation == "outlier_exposure":  # drawn more than once for a batch
+            estimator.fit(train, np.repeat([1, -1], [21, 3]))
         elif adaptation == "joint":
-            estimator.fit(
-                textures.X_train, X_pretrain=textures.X_train, y_pretrain=np.arange(24)
-            )
+            estimator.fit(train, X_pretrain=train, y_pretrain=np.arange(24))
         else:
-            estimator.fit(textures.X_train)
-        return np.r_[estimator.offset_, estimator.score_samples(textures.X_test)]
+            estimator.fit(train)
+        return np.r_[estimator.offset_, estimator.score_samples(test)]
 
     assert_array_equal(scores(2**30), scores(0))
 
@@ -472,6 +475,25 @@ def test_frozen_stages_run_once(adaptation, monkeypatch):
     seen.clear()
     estimator.score_samples(NEW)
     assert sum(seen) == 40
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_memory_keeps_what_frozen_stages_make(
+    precision, tmp_path, textures, monkeypatch
+):
+    options = {"image_size": 32, "max_steps": 2, "precision": precision}
+    plain = PANDAEstimator(**options, random_state=0).fit(textures.X_train)
+    kept = PANDAEstimator(**options, random_state=0, memory=tmp_path)
+    seen = count_trunk(monkeypatch)
+    kept.fit(textures.X_train)
+    assert sum(seen) == 1 + len(textures.X_train)
+    seen.clear()
+    kept.set_params(max_steps=1).fit(textures.X_train[::-1])
+    kept.set_params(max_steps=2).fit(textures.X_train)
+    assert sum(seen) == 2  # to measure the shape of outputs
+    assert_array_equal(
+        kept.score_samples(textures.X_test), plain.score_samples(textures.X_test)
+    )
 
 
 # signs of trouble

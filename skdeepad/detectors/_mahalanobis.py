@@ -319,13 +319,12 @@ estimator, default="ledoit_wolf"
         inputs = self._check_inputs(X)
         scores = np.full(len(inputs), np.nan)
         for index, features in self._features(inputs):
-            stages = [
-                gaussian._score(part) for gaussian, part in self._by_part(features)
-            ]
-            scores[index] = self._held_out.recall(
-                row_digests(features), np.sum(stages, axis=0)
-            )
+            scores[index] = self._held_out.score(features, self._score)
         return scores
+
+    def _score(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
+        parts = self._by_part(features)
+        return np.sum([gaussian._score(part) for gaussian, part in parts], axis=0)
 
     def transform(self, X: Any) -> NDArray[np.float64]:
         """Whiten features: zero mean and unit covariance on the normal images.

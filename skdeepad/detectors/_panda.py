@@ -561,11 +561,8 @@ None, default="ewc"
                 losses = adaptation.ewc(fisher, self.ewc_lambda, self.learning_rate)
             else:
                 losses = adaptation.compactness()
-            before = self._by_version(features[rows[held_out]])[-1]
-            self._use(self._train(adaptation, losses))
-            again = outputs.batches(chunks(rows, self.batch_size))
-            features = self._gather(self._run_versions(again), len(inputs))
-            self._watch(before, self._by_version(features[rows[held_out]])[-1])
+            versions = self._train(adaptation, losses)
+            features = self._update(features, versions, outputs, rows, held_out)
         self.n_iter_ = len(self.loss_curve_)
         self._learn_scores(features[rows], held_out, rng)
         return self
@@ -738,6 +735,27 @@ None, default="ewc"
         self.checkpoints_ = tuple(int(name.removeprefix("step")) for name in versions)
         return versions
 
+    def _update(
+        self,
+        initial: NDArray[np.float32],
+        versions: dict[str, nn.Module],
+        outputs: TrunkOutputs,
+        rows: NDArray[np.intp],
+        held_out: NDArray[np.bool_],
+    ) -> NDArray[np.float32]:
+        """Use these versions; give the features of normal images by them."""
+        features = [initial] if "step0" in versions else []
+        trained = {name: v for name, v in versions.items() if name != "step0"}
+        if trained:
+            self._use(trained)
+            again = outputs.batches(chunks(rows, self.batch_size))
+            features.append(self._gather(self._run_versions(again), len(initial)))
+        self._use(versions)
+        together = np.hstack(features)
+        before, after = initial[rows[held_out]], together[rows[held_out]]
+        self._watch(self._psi(before), self._by_version(after)[-1])
+        return together
+
     def _watch(self, before: NDArray[Any], after: NDArray[Any]) -> None:
         """Warn if held-out features have fallen on one point."""
         left = after.var(axis=0).sum() / max(before.var(axis=0).sum(), 1e-30)
@@ -779,8 +797,11 @@ None, default="ewc"
 
     def _by_version(self, features: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         """Part features by checkpoint; of unit length where so wanted."""
-        parts = torch.from_numpy(features).split(self._widths, dim=1)
-        return [unit_length(part, self.normalize).numpy() for part in parts]
+        parts = np.split(features, len(self._widths), axis=1)
+        return [self._psi(part) for part in parts]
+
+    def _psi(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        return unit_length(torch.from_numpy(features), self.normalize).numpy()
 
     def _score(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
         versions = self._by_version(features)
@@ -817,9 +838,7 @@ None, default="ewc"
         inputs = self._check_inputs(X)
         scores = np.full(len(inputs), np.nan)
         for index, features in self._features(inputs):
-            scores[index] = self._held_out.recall(
-                row_digests(features), self._score(features)
-            )
+            scores[index] = self._held_out.score(features, self._score)
         return scores
 
     def transform(self, X: Any) -> NDArray[np.float32]:

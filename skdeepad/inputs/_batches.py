@@ -58,10 +58,10 @@ def load_batches(
         return
     pool = ThreadPoolExecutor(max_workers=max(2, joblib.cpu_count()))
     try:
-        waiting: deque[dict[int, Future[Tensor]]] = deque()
+        waiting: deque[list[tuple[int, Future[Tensor]]]] = deque()
         for index in indices:
             waiting.append(
-                {int(i): pool.submit(inputs.read, i, size, channels) for i in index}
+                [(int(i), pool.submit(inputs.read, i, size, channels)) for i in index]
             )
             if len(waiting) > READ_AHEAD:
                 yield _collect(waiting.popleft())
@@ -71,12 +71,13 @@ def load_batches(
         pool.shutdown(cancel_futures=True)
 
 
-def _collect(reading: dict[int, Future[Tensor]]) -> Batch:
-    images, failed = {}, {}
-    for i, future in reading.items():
+def _collect(reading: list[tuple[int, Future[Tensor]]]) -> Batch:
+    index, images, failed = [], [], {}
+    for i, future in reading:
         try:
-            images[i] = future.result()
+            images.append(future.result())
+            index.append(i)
         except (OSError, ValueError) as error:
             failed[i] = str(error)
-    values = torch.stack(list(images.values())) if images else None
-    return Batch(np.array(list(images), dtype=np.intp), values, failed)
+    values = torch.stack(images) if images else None
+    return Batch(np.array(index, dtype=np.intp), values, failed)

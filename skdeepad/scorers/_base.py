@@ -46,13 +46,18 @@ class HeldOutScores:
         self.digests, first = np.unique(digests, return_index=True)
         self.scores = scores[first]
 
-    def recall(
-        self, digests: NDArray[np.uint64], scores: NDArray[np.float64]
+    def score(
+        self, X: NDArray[Any], score: Callable[[NDArray[Any]], NDArray[np.float64]]
     ) -> NDArray[np.float64]:
-        """Replace the scores of rows that were trained on by their held-out scores."""
+        """Score rows; those that were trained on get their held-out scores."""
+        digests = row_digests(X)
         at = np.searchsorted(self.digests, digests)
         at[at == len(self.digests)] = 0
-        return np.where(self.digests[at] == digests, self.scores[at], scores)
+        scores = self.scores[at]
+        new = self.digests[at] != digests
+        if new.any():
+            scores[new] = score(X[new])
+        return scores
 
 
 def cross_fitted_scores(
@@ -154,4 +159,4 @@ class Scorer(AnomalyDetector):
         """
         check_is_fitted(self)
         rows: Any = validate_data(self, X, dtype=FLOATS, reset=False)
-        return self._held_out.recall(row_digests(rows), self._score(rows))
+        return self._held_out.score(rows, self._score)
