@@ -114,7 +114,9 @@ class Adaptation:
     ) -> Iterator[Tensor]:
         """Eq. 2."""
         everything = np.arange(len(classes))
-        shuffled = shuffled_batches(everything, self.batch_size, self.rng)
+        # of its own: files are read ahead, and streams would take turns otherwise
+        rng = np.random.RandomState(draw_seed(self.rng))
+        shuffled = shuffled_batches(everything, self.batch_size, rng)
         pretraining = images.batches(shuffled)
         for loss, (index, x) in zip(self.compactness(), pretraining, strict=True):
             logits = self.head(self.pooled(x))
