@@ -80,7 +80,8 @@ class Adaptation:
         self.outputs = outputs
         self.rows = rows
         # of its own, so that all objectives see the same mini-batches
-        self.rng = np.random.RandomState(draw_seed(rng))
+        self.seed = draw_seed(rng)
+        self.rng = np.random.RandomState(self.seed)
         self.batch_size = outputs.task.batch_size
         self.normalize = normalize
         self.trained = {
@@ -115,7 +116,7 @@ class Adaptation:
         """Eq. 2."""
         everything = np.arange(len(classes))
         # of its own: files are read ahead, and streams would take turns otherwise
-        rng = np.random.RandomState(draw_seed(self.rng))
+        rng = np.random.RandomState(self.seed + 1)
         shuffled = shuffled_batches(everything, self.batch_size, rng)
         pretraining = images.batches(shuffled)
         for loss, (index, x) in zip(self.compactness(), pretraining, strict=True):
