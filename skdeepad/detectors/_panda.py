@@ -274,7 +274,8 @@ None, default="ewc"
         in bfloat16 where the processor is made for it (AMX, CUDA). Training is in
         float32, distances are in float64.
     random_state : int, RandomState instance or None, default=None
-        Seeds random weights, the held-out share, mini-batches and drawn outcomes.
+        Seeds random weights, the held-out share, mini-batches, drawn outcomes, and
+        the scorer, where it has a `random_state` that is None.
     verbose : bool or int, default=False
         Whether to show a progress bar. In `fit`, scikit-learn's callbacks are served
         too (1.9 and later).
@@ -778,10 +779,13 @@ None, default="ewc"
     ) -> None:
         """Fit a scorer to each checkpoint's features, and set the threshold."""
         scorer: Any = self.scorer
-        if isinstance(scorer, str):
-            scorer = SCORERS[scorer]()
-            if isinstance(scorer, KMeansScorer):
-                scorer.set_params(random_state=draw_seed(rng))
+        scorer = SCORERS[scorer]() if isinstance(scorer, str) else clone(scorer)
+        unseeded = [
+            name
+            for name, value in scorer.get_params().items()
+            if f"__{name}".endswith("__random_state") and value is None
+        ]
+        scorer.set_params(**{name: draw_seed(rng) for name in unseeded})
         self.scorers_, self._typical, unseen = [], [], []
         for psi in self._by_version(features) if self._logit is None else ():
             if held_out.any():
