@@ -116,7 +116,8 @@ def fisher_diagonal(
     Raises
     ------
     ValueError
-        If X or y is not what is described here, or the network has no head.
+        If X, y or image_size is not what is described here, if the network has no
+        head, or if an image file cannot be read.
 
     References
     ----------
@@ -145,8 +146,11 @@ def fisher_diagonal(
     generator = torch.Generator().manual_seed(rng.randint(np.iinfo(np.int32).max))
     last = network.stage_names[-1:]
 
+    size: Any = image_size or network.input_size or (inputs.shape and inputs.shape[1:])
+    if size is None:
+        raise ValueError("image_size=None, but neither the backbone nor X tells it.")
+
     def losses() -> Iterator[Tensor]:
-        size = image_size or network.input_size or inputs.shape[1:]
         for batch in load_batches(inputs, chunks(chosen, 1), size, network.in_channels):
             if batch.values is None:
                 raise ValueError(f"An image file cannot be read: {batch.failed}")

@@ -43,7 +43,7 @@ SCORERS = {"knn": KNNScorer, "kmeans": KMeansScorer, "centroid": CentroidScorer}
 ADAPTATIONS = {"early_stopping", "ses", "ewc", "joint", "outlier_exposure"}
 # mini-batches of 32: appendix D ("150k image samples" for "ses"), outlier exposure's
 # 75 epochs counted for CIFAR-10
-PAPER_STEPS = {
+PAPER_STEPS: dict[str | None, int] = {
     "early_stopping": 2300,
     "ses": 4690,
     "ewc": 7800,
@@ -74,8 +74,8 @@ class Adaptation:
         normalize: bool,
     ) -> None:
         self.device = outputs.task.device
-        self.stages = stages.to(self.device, memory_format=torch.channels_last)
-        self.head = head and head.to(self.device)
+        self.stages = stages.to(self.device).to(memory_format=torch.channels_last)
+        self.head: Any = head and head.to(self.device)
         self.center = center.to(self.device)
         self.outputs = outputs
         self.rows = rows
@@ -448,7 +448,7 @@ None, default="ewc"
         PANDAEstimator
             Not fitted. Its weights are torchvision's; see `weights`.
         """
-        paper = {
+        paper: dict[str, Any] = {
             "backbone": "resnet152",
             "adaptation": adaptation,
             "trainable_stages": ("stage3", "stage4"),
@@ -542,7 +542,9 @@ None, default="ewc"
                 f"minimum of 2 is required by {type(self).__name__}."
             )
         held_out = self._hold_out(len(rows), rng)
-        self.loss_curve_, self.checkpoints_, self._logit = np.empty(0), (0,), None
+        self._logit: nn.Linear | None = None
+        self.loss_curve_ = np.empty(0)
+        self.checkpoints_: tuple[int, ...] = (0,)
         if self.adaptation:
             initial = torch.from_numpy(features[rows[~held_out]])
             adaptation = Adaptation(
@@ -580,10 +582,9 @@ None, default="ewc"
             chosen = [name for name in names[first:] if name != "pool"]
             self.trained_stages_ = tuple(chosen or names)
         else:
-            chosen = self.trainable_stages
-            chosen = (chosen,) if isinstance(chosen, str) else chosen
+            given = self.trainable_stages
             self.trained_stages_ = self.backbone_.check_stages(
-                chosen, "trainable_stages"
+                (given,) if isinstance(given, str) else given, "trainable_stages"
             )
         copied = self.backbone_.clone().stages
         stages = nn.Sequential(
