@@ -72,6 +72,10 @@ STUDIES: dict[str, dict[str, tuple[str, list[str], float | None]]] = {
         "last stage": ("panda", ["trainable_stages=stage7,conv_head"], 94.8),
     },
     "budget": {
+        "none": ("panda", ["adaptation=None"], None),
+        "defaults": ("panda", [], None),
+    }
+    | {
         f"{steps} steps, lambda {strength}": (
             "panda",
             [f"max_steps={steps}", f"ewc_lambda={strength}", "include_initial=False"],
