@@ -12,6 +12,7 @@ arrays  score_samples on uint8 arrays, as images per second over the floor's
 paths   score_samples on image files, likewise; reading them is not in the floor
 fit     fit on uint8 arrays, likewise
 grid    a grid search over six scorers, as time over that of one pass of features
+        (grid-112: of more and smaller images, where the scorers weigh more)
 panda   scoring by ten checkpoints (SES), as time over that of unadapted features
 memory  peak memory of score_samples on few files and on many (Linux only)
 """
@@ -235,15 +236,13 @@ UNSHARED = {
 }
 
 
-def measure_grid(repeats: int) -> list[dict[str, Any]]:
+def measure_grid(
+    repeats: int, cases: list[tuple[int, int, dict[str, tuple[bool, bool, bool]]]]
+) -> list[dict[str, Any]]:
     data = load_fashion_mnist()
     normal, other = np.flatnonzero(data.target == 0), np.flatnonzero(data.target != 0)
     rows = []
-    for n, size, variants in (
-        (2000, 224, SHARED),
-        (6000, 112, SHARED),
-        (600, 112, UNSHARED),
-    ):
+    for n, size, variants in cases:
         index = np.r_[normal[: n - n // 6], other[: n // 6]]
         y = np.where(data.target[index] == 0, 1, -1)
         rows += measure_searches(data.images[index], y, size, variants, repeats)
@@ -353,7 +352,10 @@ PARTS = {
     "arrays": measure_arrays,
     "paths": measure_paths,
     "fit": measure_fit,
-    "grid": measure_grid,
+    "grid": partial(measure_grid, cases=[(2000, 224, SHARED)]),
+    "grid-112": partial(
+        measure_grid, cases=[(6000, 112, SHARED), (600, 112, UNSHARED)]
+    ),
     "panda": measure_panda,
     "memory": measure_memory,
 }

@@ -320,8 +320,9 @@ None, default="ewc"
 
     `from_paper` gives the paper's numbers. With the default network they make
     nearest neighbours worse: under a gradient clipped at 1e-3, weight decay moves the
-    weights 15 times further than compactness. The defaults were chosen on training
-    images of Fashion-MNIST alone; docs/panda.md tells how.
+    weights further than compactness does. The defaults were chosen on training images
+    of Fashion-MNIST alone. There they take the mean AUROC from 94.8 % to 95.7 % at
+    112 pixels; docs/panda.md has the evidence.
 
     References
     ----------
