@@ -18,7 +18,12 @@ from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.utils import check_consistent_length, column_or_1d
 from sklearn.utils._param_validation import Interval
 
-__all__ = ["AnomalyDetector", "keep_state_on_error", "known_normal"]
+__all__ = ["AnomalyDetector", "draw_seed", "keep_state_on_error", "known_normal"]
+
+
+def draw_seed(rng: np.random.RandomState) -> int:
+    """Draw a seed for another generator."""
+    return int(rng.randint(np.iinfo(np.int32).max))
 
 
 def known_normal(y: ArrayLike | None, n_samples: int) -> NDArray[np.bool_]:

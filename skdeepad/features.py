@@ -17,7 +17,7 @@ from sklearn.utils.validation import _check_feature_names_in, check_is_fitted
 from tqdm.auto import tqdm
 
 from .backbones import Backbone, load_backbone
-from .base import keep_state_on_error
+from .base import draw_seed, keep_state_on_error
 from .cache import FeatureCache
 from .inference import FeaturePass, iter_features, resolve_device, resolve_precision
 from .inputs import Vectors, check_inputs, check_size
@@ -39,7 +39,6 @@ class BackboneEstimator(CallbackSupportMixin, BaseEstimator):
     _parameter_constraints: dict[str, Any] = {  # noqa: RUF012
         "backbone": [str, callable],  # a torch.nn.Module is callable
         "weights": [str, os.PathLike, None],
-        "stages": [str, tuple, list, None],
         "image_size": [Interval(Integral, 1, None, closed="left"), tuple, list, None],
         "image_shape": [tuple, list, None],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
@@ -53,7 +52,6 @@ class BackboneEstimator(CallbackSupportMixin, BaseEstimator):
 
     backbone: Any
     weights: Any
-    stages: Any
     image_size: Any
     image_shape: Any
     batch_size: int
@@ -80,7 +78,7 @@ class BackboneEstimator(CallbackSupportMixin, BaseEstimator):
         name = self.backbone
         if isinstance(name, str) and name == "auto":
             name = "mlp" if vectors else "efficientnet_lite0"
-        seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
+        seed = draw_seed(check_random_state(self.random_state))
         self.backbone_ = load_backbone(
             name,
             weights=self.weights,
@@ -307,6 +305,7 @@ class BackboneFeatures(TransformerMixin, BackboneEstimator):
 
     _parameter_constraints = {  # noqa: RUF012
         **BackboneEstimator._parameter_constraints,
+        "stages": [str, tuple, list, None],
         "grid": [Interval(Integral, 1, None, closed="left"), None],
     }
 

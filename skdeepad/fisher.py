@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backbones import Backbone, load_backbone
+from .base import draw_seed
 from .inference import pool
 from .inputs import check_inputs, chunks, load_batches
 
@@ -143,7 +144,7 @@ def fisher_diagonal(
     )
     classes = None if y is None else check_classes(y, len(inputs), network)
     chosen = rng.permutation(len(inputs))[:n_samples]
-    generator = torch.Generator().manual_seed(rng.randint(np.iinfo(np.int32).max))
+    generator = torch.Generator().manual_seed(draw_seed(rng))
     last = network.stage_names[-1:]
 
     size: Any = image_size or network.input_size or (inputs.shape and inputs.shape[1:])

@@ -144,6 +144,7 @@ estimator, default="ledoit_wolf"
     _parameter_constraints = {  # noqa: RUF012
         **BackboneEstimator._parameter_constraints,
         **GaussianScorer._parameter_constraints,
+        "stages": [str, tuple, list, None],
         "joint": ["boolean"],
     }
 

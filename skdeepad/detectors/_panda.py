@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from ..backbones._backbone import Versions
 from ..backbones._pretrained import read_tensors
-from ..base import AnomalyDetector, keep_state_on_error, known_normal
+from ..base import AnomalyDetector, draw_seed, keep_state_on_error, known_normal
 from ..features import BackboneEstimator
 from ..fisher import check_classes, mean_squared_gradients, sampled_loss
 from ..inference import FeaturePass, TrunkOutputs, TrunkPass, pool, to_tensor
@@ -343,11 +343,7 @@ None, default="ewc"
     """
 
     _parameter_constraints = {  # noqa: RUF012
-        **{
-            name: constraint
-            for name, constraint in BackboneEstimator._parameter_constraints.items()
-            if name != "stages"
-        },
+        **BackboneEstimator._parameter_constraints,
         **AnomalyDetector._parameter_constraints,
         "adaptation": [StrOptions(ADAPTATIONS), None],
         "trainable_stages": [str, tuple, list, None],
@@ -533,8 +529,8 @@ None, default="ewc"
         self._trunk_row = trunk.row(inputs)
         self._use({"step0": copy.deepcopy(stages)})
         outputs = TrunkOutputs(trunk, inputs, self.max_cache_bytes)
-        first = self._run(trunk, inputs, not self.adaptation, self._trunk_row)
-        features = self._gather(self._run_versions(outputs.keep(first)), len(inputs))
+        first = outputs.keep(self._run_trunk(inputs, not self.adaptation))
+        features = self._gather(self._run_versions(first), len(inputs))
         readable = ~np.isnan(features).any(axis=1)
         rows = np.flatnonzero(normal & readable)
         if len(rows) < 2:
@@ -622,9 +618,13 @@ None, default="ewc"
     def _batches(
         self, inputs: Vectors, fitting: bool
     ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
-        return self._run_versions(
-            self._run(self._trunk_pass(), inputs, fitting, self._trunk_row)
-        )
+        return self._run_versions(self._run_trunk(inputs, fitting))
+
+    def _run_trunk(
+        self, inputs: Vectors, fitting: bool
+    ) -> Iterator[tuple[NDArray[np.intp], NDArray[Any]]]:
+        """Pass samples through the frozen stages."""
+        return self._run(self._trunk_pass(), inputs, fitting, self._trunk_row)
 
     def _run_versions(
         self, outputs: Iterable[tuple[NDArray[np.intp], NDArray[Any]]]
@@ -669,9 +669,8 @@ None, default="ewc"
             )
         inputs = self._check_inputs(X)
         classes = check_classes(y, len(inputs), self.backbone_)
-        trunk = self._trunk_pass()
-        outputs = TrunkOutputs(trunk, inputs, self.max_cache_bytes)
-        for _ in outputs.keep(self._run(trunk, inputs, False, self._trunk_row)):
+        outputs = TrunkOutputs(self._trunk_pass(), inputs, self.max_cache_bytes)
+        for _ in outputs.keep(self._run_trunk(inputs, False)):
             pass
         return outputs, classes
 
@@ -893,8 +892,3 @@ def as_unseen(
 def unit_length(features: Tensor, normalize: bool) -> Tensor:
     """Scale each row to unit length, if so wanted."""
     return F.normalize(features) if normalize else features
-
-
-def draw_seed(rng: np.random.RandomState) -> int:
-    """Draw a seed for another generator."""
-    return int(rng.randint(np.iinfo(np.int32).max))

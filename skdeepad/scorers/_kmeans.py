@@ -12,6 +12,7 @@ from sklearn.cluster import KMeans
 from sklearn.utils import check_random_state, gen_batches
 from sklearn.utils._param_validation import Interval, StrOptions
 
+from ..base import draw_seed
 from ._base import BLOCK, METRICS, Scorer, cross_fitted_scores, from_squared, to_metric
 
 
@@ -93,8 +94,7 @@ class KMeansScorer(Scorer):
         return max(2, self.n_clusters)
 
     def _fit(self, X: NDArray[Any]) -> NDArray[np.float64]:
-        rng = check_random_state(self.random_state)
-        seed = rng.randint(np.iinfo(np.int32).max)
+        seed = draw_seed(check_random_state(self.random_state))
 
         def fit_means(X: NDArray[Any]) -> KMeans:
             k = min(self.n_clusters, len(X))  # a fold may hold fewer samples
