@@ -10,7 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .detectors import MahalanobisFeatureScorer, PANDAEstimator
+    from .detectors import (
+        KDClonerEstimator,
+        MahalanobisFeatureScorer,
+        PANDAEstimator,
+    )
     from .features import BackboneFeatures
     from .model_selection import OneClassKFold
     from .scorers import CentroidScorer, GaussianScorer, KMeansScorer, KNNScorer
@@ -21,6 +25,7 @@ _HOMES = {
     "BackboneFeatures": "features",
     "CentroidScorer": "scorers",
     "GaussianScorer": "scorers",
+    "KDClonerEstimator": "detectors",
     "KMeansScorer": "scorers",
     "KNNScorer": "scorers",
     "MahalanobisFeatureScorer": "detectors",
@@ -33,6 +38,7 @@ _MODULES = frozenset(
         "datasets",
         "detectors",
         "fisher",
+        "inspection",
         "metrics",
         "model_selection",
         "scorers",
@@ -43,6 +49,7 @@ __all__ = [
     "BackboneFeatures",
     "CentroidScorer",
     "GaussianScorer",
+    "KDClonerEstimator",
     "KMeansScorer",
     "KNNScorer",
     "MahalanobisFeatureScorer",

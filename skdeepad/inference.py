@@ -7,7 +7,7 @@ on its neighbours, on its place or on how many samples there are.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
@@ -154,6 +154,11 @@ class FeaturePass:
         outputs = network.forward_stages(x, self.stages)
         return [pool(outputs[name], self.grid) for name in self.stages]
 
+    def row(self, inputs: Vectors) -> tuple[Any, tuple[int, ...]]:
+        """Measure the dtype and shape of one sample's output."""
+        output = self.run(torch.zeros(1, *self.sample_shape(inputs)))
+        return output.dtype, output.shape[1:]
+
     def key(self) -> str:
         """Name this pass: the same name, the same features."""
         told = (
@@ -176,32 +181,50 @@ class TrunkPass(FeaturePass):
             x = network.stages[name](x)
         return [x]
 
-    def row(self, inputs: Vectors) -> tuple[Any, tuple[int, ...]]:
-        """Measure the dtype and shape of one sample's output."""
-        output = self.run(torch.zeros(1, *self.sample_shape(inputs)))
-        return output.dtype, output.shape[1:]
+
+class TapPass(FeaturePass):
+    """One pass that gives samples, and what stages make of them, as they are.
+
+    All in one row: the sample as the first stage sees it, and the outputs of
+    `stages`, flattened.
+    """
+
+    def _outputs(self, network: Backbone, x: Tensor) -> list[Tensor]:
+        outputs = network.forward_stages(x, self.stages)
+        values = [network.normalize(x), *(outputs[name] for name in self.stages)]
+        return [value.float().flatten(1) for value in values]
 
 
-class TrunkOutputs:
-    """What the first stages make of the training samples.
+class PassOutputs:
+    """What a pass of frozen stages makes of the training samples.
 
     Computed once and kept in memory where all of it fits, or else computed again
     each time: the numbers are the same.
 
     Parameters
     ----------
-    task : TrunkPass
+    task : FeaturePass
         What to compute.
     inputs : Vectors, Images or ImagePaths
         The samples.
     max_bytes : int
         The bound on what is kept.
+    augment : callable, default=None
+        Changes a batch of samples before it is passed, anew each time; nothing is
+        kept then.
     """
 
-    def __init__(self, task: TrunkPass, inputs: Vectors, max_bytes: int) -> None:
+    def __init__(
+        self,
+        task: FeaturePass,
+        inputs: Vectors,
+        max_bytes: int,
+        augment: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self.task = task
         self.inputs = inputs
-        self.max_bytes = max_bytes
+        self.max_bytes = 0 if augment else max_bytes
+        self.augment = augment
         self.kept: NDArray[Any] | None = None
 
     def keep(self, batches: Iterable[Outputs]) -> Iterator[Outputs]:
@@ -223,7 +246,8 @@ class TrunkOutputs:
         for batch in self.task.load(self.inputs, indices):
             if batch.values is None or batch.failed:
                 raise ValueError(f"Files cannot be read any more: {batch.failed}.")
-            yield batch.index, self.task.run(batch.values)
+            values = self.augment(batch.values) if self.augment else batch.values
+            yield batch.index, self.task.run(values)
 
 
 _COPIES: WeakKeyDictionary[Backbone, dict[Any, Backbone]] = WeakKeyDictionary()

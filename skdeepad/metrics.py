@@ -9,14 +9,16 @@ or ``score_samples``, higher means more normal. scikit-learn's own ``"roc_auc"``
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.ndimage import label
 from sklearn.exceptions import UndefinedMetricWarning
 from sklearn.metrics import (
+    auc,
     average_precision_score,
     make_scorer,
     roc_auc_score,
@@ -30,8 +32,14 @@ __all__ = [
     "anomaly_fpr_at_tpr_score",
     "anomaly_roc_auc",
     "anomaly_roc_auc_score",
+    "aupro_score",
     "neg_anomaly_fpr95",
+    "pixel_roc_auc_score",
 ]
+
+# Pixels are counted by the first 22 bits of their float32 score, so that memory does
+# not grow with them.
+_DROPPED_BITS = 10
 
 
 def anomaly_roc_auc_score(y_true: ArrayLike, y_score: ArrayLike) -> float:
@@ -138,6 +146,157 @@ def anomaly_fpr_at_tpr_score(
     if not 0 < tpr <= 1:
         raise ValueError(f"tpr must be in (0, 1], got {tpr!r}.")
     return _score(partial(_fpr_at_tpr, tpr=tpr), y_true, y_score)
+
+
+def pixel_roc_auc_score(masks: Iterable[Any], maps: Iterable[Any]) -> float:
+    """Area under the ROC curve of all pixels of all images.
+
+    Parameters
+    ----------
+    masks : array-like of shape (n_images, height, width), or iterable of masks
+        True, 1 or 255 where a pixel is anomalous; all 0 for a normal image.
+    maps : array-like of shape (n_images, height, width), or iterable of maps
+        ``anomaly_map``: finite, higher is more anomalous. Images may differ in size;
+        with an iterable only one of them needs to be in memory.
+
+    Returns
+    -------
+    float
+        In [0, 1]: 1 is perfect, 0.5 is chance. nan, with an
+        ``UndefinedMetricWarning``, unless there are both kinds of pixels. Scores that
+        agree to one part in 8,000 count as ties.
+
+    Raises
+    ------
+    ValueError
+        If a mask is not binary, a score is not finite, or shapes or numbers differ.
+
+    See Also
+    --------
+    aupro_score : The same whatever the size of the defects.
+
+    Examples
+    --------
+    >>> from skdeepad.metrics import pixel_roc_auc_score
+    >>> masks = [[[0, 0, 1], [0, 0, 1]], [[0, 0, 0], [0, 0, 0]]]
+    >>> maps = [[[0.1, 0.2, 0.9], [0.1, 0.7, 0.6]], [[0.0, 0.1, 0.0], [0.2, 0.1, 0.0]]]
+    >>> round(pixel_roc_auc_score(masks, maps), 3)
+    0.95
+    """
+    return _pixel_area(masks, maps, by_region=False, max_fpr=1.0)
+
+
+def aupro_score(
+    masks: Iterable[Any], maps: Iterable[Any], *, max_fpr: float = 0.3
+) -> float:
+    """Area under the per-region overlap curve, each defect counting the same.
+
+    The per-region overlap at a threshold is the share of a defect's pixels that are
+    found, averaged over defects, which are the connected components (8 neighbours)
+    of the masks. It is integrated over the share of normal pixels that are flagged,
+    up to `max_fpr` [1]_.
+
+    Parameters
+    ----------
+    masks : array-like of shape (n_images, height, width), or iterable of masks
+        True, 1 or 255 where a pixel is anomalous; all 0 for a normal image.
+    maps : array-like of shape (n_images, height, width), or iterable of maps
+        ``anomaly_map``: finite, higher is more anomalous. Images may differ in size;
+        with an iterable only one of them needs to be in memory.
+    max_fpr : float, default=0.3
+        Where integration ends, in (0, 1].
+
+    Returns
+    -------
+    float
+        In [0, 1], divided by `max_fpr`: 1 is perfect, chance is ``max_fpr / 2``. nan,
+        with an ``UndefinedMetricWarning``, unless there are both kinds of pixels.
+        Scores that agree to one part in 8,000 count as ties.
+
+    Raises
+    ------
+    ValueError
+        If a mask is not binary, a score is not finite, shapes or numbers differ, or
+        `max_fpr` is out of range.
+
+    References
+    ----------
+    .. [1] P. Bergmann et al., "Uninformed Students: Student-Teacher Anomaly Detection
+       with Discriminative Latent Embeddings", CVPR 2020.
+
+    Examples
+    --------
+    >>> from skdeepad.metrics import aupro_score
+    >>> masks = [[[0, 0, 1], [0, 0, 1]], [[0, 0, 0], [0, 0, 0]]]
+    >>> maps = [[[0.1, 0.2, 0.9], [0.1, 0.7, 0.6]], [[0.0, 0.1, 0.0], [0.2, 0.1, 0.0]]]
+    >>> round(aupro_score(masks, maps), 3)
+    0.833
+    """
+    if not 0 < max_fpr <= 1:
+        raise ValueError(f"max_fpr must be in (0, 1], got {max_fpr!r}.")
+    return _pixel_area(masks, maps, by_region=True, max_fpr=max_fpr)
+
+
+def _pixel_area(
+    masks: Iterable[Any], maps: Iterable[Any], *, by_region: bool, max_fpr: float
+) -> float:
+    """Integrate the detected share over the flagged share, from counts by score."""
+    normal, anomalous = np.zeros((2, 2 ** (32 - _DROPPED_BITS)))
+    for i, (given, scored) in enumerate(zip(masks, maps, strict=True)):
+        mask, score = _check_map(given, scored, i)
+        weight = mask.astype(np.float64)
+        if by_region:
+            regions, _ = label(mask, structure=np.ones((3, 3)))
+            weight /= np.maximum(np.bincount(regions.ravel()), 1)[regions]
+        bins, inverse = np.unique(_order_bits(score.ravel()), return_inverse=True)
+        normal[bins] += np.bincount(inverse, ~mask.ravel())
+        anomalous[bins] += np.bincount(inverse, weight.ravel())
+    if not (normal.any() and anomalous.any()):
+        warnings.warn(
+            "masks must hold normal and anomalous pixels; with one kind only, the "
+            "score is not defined.",
+            UndefinedMetricWarning,
+            stacklevel=3,
+        )
+        return np.nan
+    seen = np.flatnonzero((normal > 0) | (anomalous > 0))[::-1]  # highest first
+    flagged, detected = (
+        np.append(0, np.cumsum(counts[seen]) / counts.sum())
+        for counts in (normal, anomalous)
+    )
+    flagged[-1] = 1.0  # but for rounding
+    end = np.interp(max_fpr, flagged, detected)
+    kept = flagged <= max_fpr
+    x, y = np.append(flagged[kept], max_fpr), np.append(detected[kept], end)
+    return float(auc(x, y) / max_fpr)
+
+
+def _check_map(given: Any, scored: Any, i: int) -> tuple[NDArray[np.bool_], Any]:
+    mask, score = np.asarray(given), np.asarray(scored, dtype=np.float32)
+    if mask.ndim != 2 or mask.shape != score.shape:
+        raise ValueError(
+            f"masks[{i}] has shape {mask.shape} and maps[{i}] has shape {score.shape}; "
+            "both must be (height, width) of the image."
+        )
+    values = set(np.unique(mask).tolist())
+    if not (values <= {0, 1} or values <= {0, 255}):
+        raise ValueError(
+            f"masks[{i}] must hold 0 and 1 (or 255) only. Threshold it halfway, after "
+            "resizing it, for example mask > 127."
+        )
+    if not np.isfinite(score).all():
+        raise ValueError(
+            f"maps[{i}] holds values that are not finite. Leave out images that could "
+            "not be read."
+        )
+    return mask > 0, score
+
+
+def _order_bits(score: NDArray[np.float32]) -> NDArray[np.uint32]:
+    """Give the first bits of float32 numbers, as integers in the same order."""
+    bits = (score + np.float32(0)).view(np.uint32)  # -0.0 is 0.0
+    negative = bits >> 31 == 1
+    return np.where(negative, ~bits, bits | 0x80000000) >> _DROPPED_BITS
 
 
 def _fpr_at_tpr(

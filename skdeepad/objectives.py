@@ -64,3 +64,36 @@ def outlier_exposure(logits: Tensor, outlier: Tensor) -> Tensor:
         equation misses the signs.)
     """
     return F.binary_cross_entropy_with_logits(logits, outlier.to(logits.dtype))
+
+
+def value_loss(source: Tensor, cloner: Tensor) -> Tensor:
+    """How far activations are apart: a layer's term of Eq. 1 of Salehi et al. (2021).
+
+    Parameters
+    ----------
+    source, cloner : Tensor of shape (n_samples, ...)
+        The activations of the layer in both networks.
+
+    Returns
+    -------
+    Tensor of shape (n_samples,)
+        ``1/N sum_j (a_s(j) - a_c(j))^2`` over the N activations of a sample.
+    """
+    return (source - cloner).square().flatten(1).mean(dim=1)
+
+
+def direction_loss(source: Tensor, cloner: Tensor) -> Tensor:
+    """How far directions are apart: a layer's term of Eq. 3 of Salehi et al. (2021).
+
+    Parameters
+    ----------
+    source, cloner : Tensor of shape (n_samples, ...)
+        The activations of the layer in both networks.
+
+    Returns
+    -------
+    Tensor of shape (n_samples,)
+        ``1 - cos(vec(a_s), vec(a_c))``. (As printed, the equation subtracts the
+        layers' cosines from one 1; the official code sums this over layers.)
+    """
+    return 1 - F.cosine_similarity(source.flatten(1), cloner.flatten(1))

@@ -31,6 +31,7 @@ from skdeepad import (
     BackboneFeatures,
     CentroidScorer,
     GaussianScorer,
+    KDClonerEstimator,
     KMeansScorer,
     KNNScorer,
     MahalanobisFeatureScorer,
@@ -74,6 +75,8 @@ SETTINGS = [
     ),
     PANDAEstimator(adaptation="ses", max_steps=20, n_checkpoints=3, scorer="centroid"),
     PANDAEstimator(Network, max_steps=5, normalize=False, scorer=IsolationForest()),
+    KDClonerEstimator(cloner="equal", max_steps=10, loss="value"),
+    KDClonerEstimator(Network, max_steps=10, standardize=False, direction_weight=2),
 ]
 
 each_estimator = pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)

@@ -36,6 +36,7 @@ from skdeepad import (
     BackboneFeatures,
     CentroidScorer,
     GaussianScorer,
+    KDClonerEstimator,
     KMeansScorer,
     KNNScorer,
     MahalanobisFeatureScorer,
@@ -81,6 +82,10 @@ def panda(**options):
     return PANDAEstimator(**options)
 
 
+def kd_cloner(**options):
+    return KDClonerEstimator(**quick(options), max_steps=2)
+
+
 def knn(**options):
     return make_pipeline(features(**options), KNNScorer())
 
@@ -93,6 +98,7 @@ MAKERS = {
     "features": features,
     "mahalanobis": mahalanobis,
     "panda": panda,
+    "kd_cloner": kd_cloner,
     "knn": knn,
     "gaussian": gaussian,
 }

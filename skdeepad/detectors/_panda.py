@@ -32,12 +32,13 @@ from ..backbones._pretrained import read_tensors
 from ..base import AnomalyDetector, draw_seed, keep_state_on_error, known_normal
 from ..features import BackboneEstimator
 from ..fisher import check_classes, mean_squared_gradients, sampled_loss
-from ..inference import FeaturePass, TrunkOutputs, TrunkPass, pool, to_tensor
+from ..inference import FeaturePass, PassOutputs, TrunkPass, pool, to_tensor
 from ..inputs import Vectors, chunks
 from ..objectives import compactness, elastic_penalty, outlier_exposure
 from ..scorers import CentroidScorer, KMeansScorer, KNNScorer
 from ..scorers._base import HeldOutScores, Scorer, row_digests
 from ..training import DivergedError, shuffled_batches, train
+from ._held_out import as_unseen, hold_out
 
 SCORERS = {"knn": KNNScorer, "kmeans": KMeansScorer, "centroid": CentroidScorer}
 ADAPTATIONS = {"early_stopping", "ses", "ewc", "joint", "outlier_exposure"}
@@ -51,7 +52,6 @@ PAPER_STEPS: dict[str | None, int] = {
     "outlier_exposure": 11775,
 }
 MAX_EPOCHS = 50  # how often the paper's longest adaptation shows each image
-ENOUGH = 20  # held-out samples, where a tenth would be fewer and there are 60
 COLLAPSED = 0.01  # of the features' spread: less was worse than no adaptation
 FISHER_SAMPLES = 100  # as many draws as the paper takes mini-batches
 
@@ -67,7 +67,7 @@ class Adaptation:
         stages: nn.Module,
         head: nn.Module | None,
         center: Tensor,
-        outputs: TrunkOutputs,
+        outputs: PassOutputs,
         rows: NDArray[np.intp],
         rng: np.random.RandomState,
         *,
@@ -111,7 +111,7 @@ class Adaptation:
             yield compactness(self.psi(x), self.center)
 
     def joint(
-        self, images: TrunkOutputs, classes: Tensor, alpha: float
+        self, images: PassOutputs, classes: Tensor, alpha: float
     ) -> Iterator[Tensor]:
         """Eq. 2."""
         everything = np.arange(len(classes))
@@ -528,7 +528,7 @@ None, default="ewc"
         trunk = self._trunk_pass()
         self._trunk_row = trunk.row(inputs)
         self._use({"step0": copy.deepcopy(stages)})
-        outputs = TrunkOutputs(trunk, inputs, self.max_cache_bytes)
+        outputs = PassOutputs(trunk, inputs, self.max_cache_bytes)
         first = outputs.keep(self._run_trunk(inputs, not self.adaptation))
         features = self._gather(self._run_versions(first), len(inputs))
         readable = ~np.isnan(features).any(axis=1)
@@ -637,13 +637,10 @@ None, default="ewc"
 
     def _hold_out(self, n: int, rng: np.random.RandomState) -> NDArray[np.bool_]:
         """Choose the samples that are not trained on: App. D's 10 %."""
-        held_out = np.zeros(n, dtype=bool)
         # the package's scorers know their scores when left out themselves
-        if self.adaptation or not isinstance(self.scorer, str | Scorer):
-            n_held_out = int(np.ceil(self.validation_fraction * n))
-            n_held_out = max(n_held_out, min(ENOUGH, n // 3))
-            held_out[rng.permutation(n)[:n_held_out]] = True
-        return held_out
+        if not self.adaptation and isinstance(self.scorer, str | Scorer):
+            return np.zeros(n, dtype=bool)
+        return hold_out(n, self.validation_fraction, rng)
 
     def _trained_head(
         self, n_features: int, rng: np.random.RandomState
@@ -656,7 +653,7 @@ None, default="ewc"
         head = copy.deepcopy(self.backbone_.head)
         return head and head.requires_grad_(self.adaptation == "joint")
 
-    def _pretraining(self, X: Any, y: ArrayLike | None) -> tuple[TrunkOutputs, Tensor]:
+    def _pretraining(self, X: Any, y: ArrayLike | None) -> tuple[PassOutputs, Tensor]:
         """Check the images that the network was pretrained on, and run the trunk."""
         if X is None or y is None:
             raise ValueError(
@@ -669,7 +666,7 @@ None, default="ewc"
             )
         inputs = self._check_inputs(X)
         classes = check_classes(y, len(inputs), self.backbone_)
-        outputs = TrunkOutputs(self._trunk_pass(), inputs, self.max_cache_bytes)
+        outputs = PassOutputs(self._trunk_pass(), inputs, self.max_cache_bytes)
         for _ in outputs.keep(self._run_trunk(inputs, False)):
             pass
         return outputs, classes
@@ -744,7 +741,7 @@ None, default="ewc"
         self,
         initial: NDArray[np.float32],
         versions: dict[str, nn.Module],
-        outputs: TrunkOutputs,
+        outputs: PassOutputs,
         rows: NDArray[np.intp],
         held_out: NDArray[np.bool_],
     ) -> NDArray[np.float32]:
@@ -873,20 +870,6 @@ None, default="ewc"
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float32"]
         return tags
-
-
-def as_unseen(
-    trained: NDArray[np.float64], unseen: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Bring scores of samples that were trained on to the level of unseen ones.
-
-    Training draws its samples nearer than it draws new ones, which would put the
-    threshold too near. Distances are stretched, other scores are shifted, until the
-    means agree.
-    """
-    if trained.max() <= 0 and unseen.max() <= 0 and trained.mean() < 0:
-        return trained * (unseen.mean() / trained.mean())
-    return trained + (unseen.mean() - trained.mean())
 
 
 def unit_length(features: Tensor, normalize: bool) -> Tensor:

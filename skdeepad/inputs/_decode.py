@@ -49,6 +49,15 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
     return pixels_to_tensor(*_to_pixels(image))
 
 
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Look up the height and width of an image file that can be read."""
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as file:
+        width, height = ImageOps.exif_transpose(file).size
+    return height, width
+
+
 def _to_pixels(image: Any) -> tuple[np.ndarray, float]:
     """Give the pixels as (height, width[, channels]) and the value of white."""
     if image.mode.startswith("I"):  # 16 bits, grey

@@ -20,7 +20,7 @@ from sklearn.utils import check_array
 from sklearn.utils.validation import validate_data
 from torch import Tensor
 
-from ._decode import fit_channels, read_image, resize
+from ._decode import fit_channels, image_size, read_image, resize
 
 Shape = tuple[int, ...]
 
@@ -72,6 +72,11 @@ class Images(Vectors):
         super().__init__(rows)
         self.white = _white(rows.dtype)
 
+    def size(self, i: int) -> tuple[int, int]:
+        """Give the height and width of an image."""
+        height, width = self.rows.shape[2:]
+        return height, width
+
     def batch(
         self,
         index: NDArray[np.intp],
@@ -121,6 +126,10 @@ class ImagePaths(Vectors):
         """Read, resize and return the image of one path, without batch axis."""
         image = fit_channels(read_image(self.rows[i]), channels)
         return resize(image[None], size)[0]
+
+    def size(self, i: int) -> tuple[int, int]:
+        """Give the height and width of an image."""
+        return image_size(self.rows[i])
 
     def digest(self, i: int) -> bytes:
         """Name a file by its path, size and time of change, without reading it."""

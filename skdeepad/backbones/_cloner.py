@@ -1,0 +1,148 @@
+"""The cloner of knowledge distillation: a small network that imitates a backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ._backbone import Backbone
+
+COMPACT = 16  # width of the layers that nothing is compared with: the paper's
+MOST = 3  # layers in a block; VGG's have no more
+
+
+class Cloner(nn.Module):
+    """Blocks in a row, one for each stage of a backbone; some are tapped.
+
+    Parameters
+    ----------
+    blocks : mapping of str to torch.nn.Module
+        The blocks, by the names of the stages.
+    stages : sequence of str
+        The stages whose blocks' outputs are given.
+    """
+
+    def __init__(self, blocks: dict[str, nn.Module], stages: Iterable[str]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleDict(blocks)
+        self.stages = tuple(stages)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Give the outputs of the tapped blocks."""
+        outputs = []
+        for name, block in self.blocks.items():
+            x = block(x)
+            if name in self.stages:
+                outputs.append(x)
+        return outputs
+
+
+def make_cloner(
+    source: Backbone,
+    stages: tuple[str, ...],
+    shape: tuple[int, ...],
+    *,
+    compact: bool,
+    signed: bool,
+) -> Cloner:
+    """Make a bias-free network whose blocks imitate a backbone's stages.
+
+    A block has as many 3 x 3 convolutions (or linear layers) as its stage, two or
+    three, with BatchNorm and ReLU between them; where the stage makes maps smaller,
+    so does its first convolution, or the max-pooling that the stage ends in. For a
+    VGG-16 this is the network of Salehi et al. (2021), layer for layer.
+
+    Parameters
+    ----------
+    source : Backbone
+        The network to imitate.
+    stages : tuple of str
+        Its stages that are compared, in their order.
+    shape : tuple of int
+        The shape of one sample.
+    compact : bool
+        Whether layers that are not compared have 16 channels, and not as many as
+        their stage.
+    signed : bool
+        Whether compared outputs may be negative, even where the stage's are not.
+
+    Returns
+    -------
+    Cloner
+        With weights drawn from torch's global stream (Xavier, uniform).
+
+    Raises
+    ------
+    ValueError
+        If a stage's output is neither maps nor vectors.
+    """
+    names = source.stage_names[: source.stage_names.index(stages[-1]) + 1]
+    with torch.inference_mode():
+        # noise, so that a stage that gives negative values shows it
+        probe = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+        outputs = source.forward_stages(probe, names)
+        x = source.normalize(probe)
+    blocks: dict[str, nn.Module] = {}
+    for name in names:
+        output, compared = outputs[name], name in stages
+        if output.ndim not in (2, 4) or output.ndim > x.ndim:
+            raise ValueError(
+                f"stage {name!r} gives values of shape {tuple(output.shape[1:])}, "
+                "neither maps nor vectors: choose other stages, or pass a cloner."
+            )
+        width = output.shape[1] if compared or not compact else COMPACT
+        hidden = COMPACT if compact else width
+        layers: list[nn.Module] = []
+        if output.ndim == 2 and x.ndim == 4:
+            layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        pooling = _last_max_pooling(source.stages[name])
+        strides = (1, 1)
+        if output.ndim == 4 and not pooling:
+            (high, wide), (h, w) = x.shape[2:], output.shape[2:]
+            strides = round(high / h), round(wide / w)
+        depth = min(max(_count_layers(source.stages[name]), 1 + compared), MOST)
+        channels = x.shape[1]
+        for last in [False] * (depth - 1) + [True]:
+            out = width if last else hidden
+            if output.ndim == 4:
+                layers.append(_convolution(channels, out, strides))
+            else:
+                layers.append(nn.Linear(channels, out, bias=False))
+            if not last:
+                norm = nn.BatchNorm2d if output.ndim == 4 else nn.BatchNorm1d
+                layers += [norm(out), nn.ReLU()]
+            channels, strides = out, (1, 1)
+        if not compared or not (signed or output.min() < 0):
+            layers.append(nn.ReLU())
+        layers += pooling
+        blocks[name] = nn.Sequential(*layers)
+        x = output[:, :1].expand(-1, width, *output.shape[2:])
+    cloner = Cloner(blocks, stages)
+    for module in cloner.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+    return cloner
+
+
+def _convolution(channels: int, out: int, strides: tuple[int, int]) -> nn.Conv2d:
+    sizes = [max(3, stride + 1 - stride % 2) for stride in strides]
+    return nn.Conv2d(
+        channels,
+        out,
+        (sizes[0], sizes[1]),
+        stride=strides,
+        padding=(sizes[0] // 2, sizes[1] // 2),
+        bias=False,
+    )
+
+
+def _count_layers(stage: nn.Module) -> int:
+    return sum(isinstance(m, nn.Conv2d | nn.Linear) for m in stage.modules())
+
+
+def _last_max_pooling(stage: nn.Module) -> list[nn.Module]:
+    """Give the max-pooling that a stage ends in, as VGG's do."""
+    last = list(stage.children())[-1:]
+    return [m for m in last if isinstance(m, nn.MaxPool2d)]

@@ -1,0 +1,829 @@
+"""Multiresolution knowledge distillation (Salehi et al., 2021)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import _fit_context
+from sklearn.utils import check_random_state
+from sklearn.utils._param_validation import Interval, StrOptions
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..backbones import Backbone
+from ..backbones._cloner import make_cloner
+from ..base import AnomalyDetector, draw_seed, keep_state_on_error, known_normal
+from ..features import BackboneEstimator
+from ..inference import FeaturePass, PassOutputs, TapPass, iter_features
+from ..inputs import Vectors
+from ..localization import MapPass, fit_size, gradient, guided, refine, smoothgrad
+from ..objectives import direction_loss, value_loss
+from ..scorers._base import HeldOutScores, row_digests
+from ..training import DivergedError, shuffled_batches, train
+from ._held_out import as_unseen, hold_out
+
+N_STAGES = 4  # the paper's "last four max-pooling layers"
+LOCALIZATIONS = {"discrepancy", "gradient", "smoothgrad", "guided_backprop"}
+ALIKE = 1e-6  # variance, below which a channel counts as constant
+WINDOW = 100  # steps over which losses are compared
+
+
+class SourceAndCloner(Backbone):
+    """A source and its cloner side by side, compared stage by stage.
+
+    Its "features" are two numbers for each stage: the value loss and the direction
+    loss of Eqs. 1 and 3.
+
+    Parameters
+    ----------
+    source : Backbone
+    cloner : torch.nn.Module
+        Gives the activations of each of `stages`, in a sequence or a mapping.
+    stages : tuple of str
+        The stages that are compared.
+    means, scales : list of Tensor, each of shape (n_channels,)
+        The source's activations are compared once ``(a - mean) / scale``.
+    """
+
+    def __init__(
+        self,
+        source: Backbone,
+        cloner: nn.Module,
+        stages: tuple[str, ...],
+        means: Iterable[Tensor],
+        scales: Iterable[Tensor],
+    ) -> None:
+        super().__init__(
+            {"source": source, "cloner": cloner},
+            input_size=source.input_size,
+            in_channels=source.in_channels,
+            vectors=source.vectors,
+        )
+        self.compared = stages
+        self.means = nn.ParameterList(means)
+        self.scales = nn.ParameterList(scales)
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """Names of the stages that are compared."""
+        return self.compared
+
+    def clone(self) -> Self:
+        """Copy the weights, the source's too, which pickles as a name."""
+        new = super().clone()
+        new.stages["source"] = self.stages["source"].clone()  # type: ignore[operator]
+        return new
+
+    def standardize(self, activations: Iterable[Tensor]) -> list[Tensor]:
+        """Bring the source's channels to one scale."""
+        terms = zip(activations, self.means, self.scales, strict=True)
+        return [
+            (a.float() - per_channel(mean, a)) / per_channel(scale, a)
+            for a, mean, scale in terms
+        ]
+
+    def imitate(self, x: Tensor) -> list[Tensor]:
+        """Give the cloner's activations, from samples as the source sees them."""
+        outputs = self.stages["cloner"](x)
+        if isinstance(outputs, Mapping):
+            outputs = [outputs[name] for name in self.compared]
+        return [a.float() for a in outputs]
+
+    def activations(self, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Run both networks; give each stage's activations in the one and the other."""
+        source: Any = self.stages["source"]
+        outputs = source.forward_stages(x, self.compared)
+        expected = self.standardize(outputs[name] for name in self.compared)
+        pairs = zip(expected, self.imitate(source.normalize(x)), strict=True)
+        return dict(zip(self.compared, pairs, strict=True))
+
+    def forward_stages(self, x: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+        """Give the value and the direction loss of the named stages."""
+        pairs = self.activations(x)
+        return {name: losses(*pairs[name]) for name in names}
+
+
+def per_channel(values: Tensor, like: Tensor) -> Tensor:
+    """Shape one value for each channel so that it meets activations."""
+    return values.view(-1, *(1 for _ in like.shape[2:]))
+
+
+def losses(source: Tensor, cloner: Tensor) -> Tensor:
+    """Eqs. 1 and 3 for one stage, side by side, for each sample."""
+    return torch.stack(
+        [value_loss(source, cloner), direction_loss(source, cloner)], dim=1
+    )
+
+
+class Augmentation:
+    """Turn and scale images at random: the paper's setting for few images.
+
+    Parameters
+    ----------
+    rotation : float
+        In degrees: the angle is drawn from [-rotation, rotation].
+    scaling : (float, float)
+        The factor is drawn from this range.
+    seed : int
+    """
+
+    def __init__(self, rotation: float, scaling: tuple[float, float], seed: int):
+        self.rotation = rotation
+        self.scaling = scaling
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Change each image of a batch by a draw of its own."""
+        draws = torch.rand(2, len(images), generator=self.generator)
+        angle = torch.deg2rad(self.rotation * (2 * draws[0] - 1))
+        low, high = self.scaling
+        factor = low + (high - low) * draws[1]
+        cos, sin = angle.cos() / factor, angle.sin() / factor
+        aspect = images.shape[2] / images.shape[3]
+        rows = [cos, -sin * aspect, 0 * cos, sin / aspect, cos, 0 * cos]
+        matrices = torch.stack(rows, dim=1).view(-1, 2, 3)
+        grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
+        return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+class KDClonerEstimator(AnomalyDetector, BackboneEstimator):
+    """Multiresolution knowledge distillation: a cloner that knows normal images only.
+
+    A small network, the cloner, learns on normal images to give the activations that
+    a pretrained network, the source, has at several of its stages [1]_. On anomalies,
+    which it has not seen, it fails to. The score is the loss it was trained under,
+    Eq. 4::
+
+        L = L_val + lambda L_dir
+        L_val = sum_i 1/N_i ||a_s^i - a_c^i||^2          (Eq. 1)
+        L_dir = sum_i (1 - cos(a_s^i, a_c^i))            (Eq. 3)
+
+    and where in the image the two networks disagree is a map of the anomaly.
+
+    Parameters
+    ----------
+    backbone : str, torch.nn.Module or callable, default="auto"
+        The source: a name of `skdeepad.backbones.list_backbones`, a module (a copy is
+        taken), or a function that makes one. "auto" is "efficientnet_lite0" for
+        images and "mlp" for vectors. "vgg16" is the paper's.
+    weights : "default", "download", None or path, default="default"
+        The source's weights as found on this machine; the same, fetched first; random
+        ones; or a state dict's file. See `skdeepad.backbones.load_backbone`.
+    cloner : {"compact", "equal"}, torch.nn.Module or callable, default="compact"
+        The network that learns. Both of ours have a block for each stage of the
+        source, without biases, so that constants are not all they can learn; layers
+        between those that are compared have 16 channels ("compact", the paper's) or
+        as many as their stage ("equal", its ablation). A module (a copy is taken and
+        trained), or a function that makes one, is called with images as the source
+        sees them, and gives the activations of each of `stages`, in a sequence or in
+        a mapping by their names.
+    stages : str or sequence of str, default=None
+        The critical layers: the stages whose outputs the cloner learns. None: the
+        last four, "pool" and "conv_head" not counted.
+    score_stages : str or sequence of str, default=None
+        Those of `stages` that are scored and localized by. None: all but the first,
+        as in the official code, where there are more than two.
+    loss : {"total", "value", "direction"}, default="total"
+        Eq. 4, or one of its terms alone (section 3.3.3).
+    direction_weight : float or "auto", default="auto"
+        Lambda of Eq. 4. "auto": what makes the terms equal on the untrained cloner
+        (the first mini-batch), as the paper says. (The official code fixes it, to 100
+        or, for MVTec AD, 2, as 0.01 and 0.5 on the other term.)
+    standardize : bool, default=True
+        Whether the cloner learns the source's activations as they are once each
+        channel has mean 0 and variance 1 over the training images. The paper learns
+        them as they are; channels and stages of large values then count for most.
+    max_steps : int, default=1000
+        For how many mini-batches it trains at most. The paper: 50 epochs of 6,000
+        images (Fashion-MNIST), 600 of about 240 (MVTec AD), which is 4,700 and 2,400.
+    tol : float, default=0.001
+        Training stops when the mean loss over 100 mini-batches is no lower than
+        ``(1 - tol)`` times that of the 100 before.
+    learning_rate : float, default=0.001
+        Of Adam.
+    rotation : float, default=0.0
+        Images are turned at random by up to so many degrees in training. The paper's
+        setting for few images is 20.
+    scaling : (float, float), default=(1.0, 1.0)
+        Images are scaled at random by a factor in this range in training. The paper's
+        setting for few images is (0.9, 1.05).
+    localization : {"discrepancy", "gradient", "smoothgrad", "guided_backprop"}, \
+default="discrepancy"
+        What `anomaly_map` shows.
+
+        - "discrepancy": the terms of the loss, position by position, summed over
+          stages. It needs no backward pass.
+        - "gradient": the gradient of the loss by the pixels (Eq. 5).
+        - "smoothgrad": its mean over `n_noisy` noisy copies of the image.
+        - "guided_backprop": the same gradient; what is negative at a ReLU module of
+          the cloner is not handed on.
+    sigma : float, default=4.0
+        Standard deviation of the Gaussian filter that maps are smoothed with (Eq. 6),
+        in pixels of the images at `image_size`; 0 for none.
+    opening : bool, default=True
+        Whether maps are opened by a 3 x 3 ellipse (Eq. 6), which removes specks.
+    n_noisy : int, default=50
+        For "smoothgrad": how many noisy copies of each image there are.
+    noise : float, default=0.05
+        For "smoothgrad": the noise's standard deviation, for pixels in [0, 1].
+    validation_fraction : float, default=0.1
+        Share of the normal images that is not trained on, in (0, 0.5): they set the
+        threshold. At least 20 images, or a third of fewer than 60.
+    contamination : float, default=0.05
+        Share of new normal images that may fall below the threshold, in (0, 0.5].
+    image_size : int or (int, int), default=None
+        Height and width in pixels that images are resized to (bilinear, antialiased,
+        aspect not kept). None: what the source was trained on, or else the images'
+        own. Smaller is faster: cost goes with the area.
+    image_shape : (int, int, int) or (int, int), default=None
+        (channels, height, width) or (height, width) of one image, where X does not
+        tell: rows that are flattened images, or an ambiguous channel axis.
+    batch_size : int, default=64
+        How many samples the networks see at once, in training and in scoring.
+    max_cache_bytes : int, default=2**30
+        What the source makes of the training images is kept in memory if it takes no
+        more than this, and computed again in each epoch otherwise, or where images
+        are turned or scaled. Scores are the same.
+    memory : str, path or joblib.Memory, default=None
+        Folder in which what the source makes of training images, and the losses of
+        scored ones, are kept by the content of the image.
+    on_error : {"raise", "skip"}, default="raise"
+        What to do about image files that cannot be read: raise an error that names
+        them all, or warn, leave them out of `fit` and score them NaN.
+    device : str, default="auto"
+        Device of torch's. "auto": CUDA or MPS where there is one, else the CPU.
+    precision : {"auto", "float32", "bfloat16"}, default="auto"
+        Of the source, and of the cloner in scoring: "auto" runs images in bfloat16
+        where the processor is made for it (AMX, CUDA). Training and gradients are in
+        float32.
+    random_state : int, RandomState instance or None, default=None
+        Seeds the cloner's weights, random weights of the source, the held-out share,
+        mini-batches, augmentation and noise.
+    verbose : bool or int, default=False
+        Whether to show a progress bar. In `fit`, scikit-learn's callbacks are served
+        too (1.9 and later).
+
+    Attributes
+    ----------
+    backbone_ : skdeepad.backbones.Backbone
+        The source.
+    cloner_ : torch.nn.Module
+        The trained cloner.
+    stages_ : tuple of str
+        The stages that the cloner has learnt.
+    score_stages_ : tuple of str
+        Those that are scored by.
+    direction_weight_ : float
+        Lambda of Eq. 4.
+    loss_curve_ : ndarray of shape (n_iter_,)
+        The loss of each mini-batch.
+    n_iter_ : int
+        Number of steps taken.
+    offset_ : float
+        The threshold on ``score_samples``: the `contamination` quantile of the
+        training images' scores, brought to the level of held-out images.
+    image_size_ : (int, int) or None
+        Size at which the networks run; None for vectors.
+    image_shape_in_ : (int, int, int) or None
+        (channels, height, width) of the arrays seen in `fit`; None for files and
+        vectors.
+    n_features_in_ : int
+        Number of columns seen in `fit`, where X was 2-D.
+    feature_names_in_ : ndarray of str
+        Names of the columns, where X had them.
+
+    See Also
+    --------
+    skdeepad.inspection.AnomalyMapDisplay : Pictures of the maps.
+    skdeepad.metrics.aupro_score : How well maps find the defects.
+
+    References
+    ----------
+    .. [1] M. Salehi et al., "Multiresolution Knowledge Distillation for Anomaly
+       Detection", CVPR 2021.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from skdeepad import KDClonerEstimator
+    >>> X, y = load_digits(return_X_y=True)
+    >>> X = X.reshape(-1, 8, 8)[:400] / 16
+    >>> zeros, ones = X[y[:400] == 0], X[y[:400] == 1]
+    >>> detector = KDClonerEstimator(image_size=32, max_steps=20, random_state=0)
+    >>> detector = detector.fit(zeros)
+    >>> bool(detector.score_samples(zeros).mean() > detector.score_samples(ones).mean())
+    True
+    >>> detector.anomaly_map(ones[:3]).shape
+    (3, 8, 8)
+    """
+
+    _parameter_constraints = {  # noqa: RUF012
+        **BackboneEstimator._parameter_constraints,
+        **AnomalyDetector._parameter_constraints,
+        "cloner": [StrOptions({"compact", "equal"}), callable],
+        "stages": [str, tuple, list, None],
+        "score_stages": [str, tuple, list, None],
+        "loss": [StrOptions({"total", "value", "direction"})],
+        "direction_weight": [
+            Interval(Real, 0, None, closed="left"),
+            StrOptions({"auto"}),
+        ],
+        "standardize": ["boolean"],
+        "max_steps": [Interval(Integral, 1, None, closed="left")],
+        "tol": [Interval(Real, None, 1, closed="left")],
+        "learning_rate": [Interval(Real, 0, None, closed="neither")],
+        "rotation": [Interval(Real, 0, 180, closed="both")],
+        "scaling": [tuple, list],
+        "localization": [StrOptions(LOCALIZATIONS)],
+        "sigma": [Interval(Real, 0, None, closed="left")],
+        "opening": ["boolean"],
+        "n_noisy": [Interval(Integral, 1, None, closed="left")],
+        "noise": [Interval(Real, 0, None, closed="left")],
+        "validation_fraction": [Interval(Real, 0, 0.5, closed="neither")],
+        "max_cache_bytes": [Interval(Integral, 0, None, closed="left")],
+    }
+
+    def __init__(
+        self,
+        backbone: Any = "auto",
+        *,
+        weights: str | Path | None = "default",
+        cloner: Any = "compact",
+        stages: str | Iterable[str] | None = None,
+        score_stages: str | Iterable[str] | None = None,
+        loss: str = "total",
+        direction_weight: float | str = "auto",
+        standardize: bool = True,
+        max_steps: int = 1000,
+        tol: float = 1e-3,
+        learning_rate: float = 0.001,
+        rotation: float = 0.0,
+        scaling: tuple[float, float] = (1.0, 1.0),
+        localization: str = "discrepancy",
+        sigma: float = 4.0,
+        opening: bool = True,
+        n_noisy: int = 50,
+        noise: float = 0.05,
+        validation_fraction: float = 0.1,
+        contamination: float = 0.05,
+        image_size: int | tuple[int, int] | None = None,
+        image_shape: tuple[int, ...] | None = None,
+        batch_size: int = 64,
+        max_cache_bytes: int = 2**30,
+        memory: Any = None,
+        on_error: str = "raise",
+        device: str = "auto",
+        precision: str = "auto",
+        random_state: int | np.random.RandomState | None = None,
+        verbose: bool | int = False,
+    ) -> None:
+        self.backbone = backbone
+        self.weights = weights
+        self.cloner = cloner
+        self.stages = stages
+        self.score_stages = score_stages
+        self.loss = loss
+        self.direction_weight = direction_weight
+        self.standardize = standardize
+        self.max_steps = max_steps
+        self.tol = tol
+        self.learning_rate = learning_rate
+        self.rotation = rotation
+        self.scaling = scaling
+        self.localization = localization
+        self.sigma = sigma
+        self.opening = opening
+        self.n_noisy = n_noisy
+        self.noise = noise
+        self.validation_fraction = validation_fraction
+        self.contamination = contamination
+        self.image_size = image_size
+        self.image_shape = image_shape
+        self.batch_size = batch_size
+        self.max_cache_bytes = max_cache_bytes
+        self.memory = memory
+        self.on_error = on_error
+        self.device = device
+        self.precision = precision
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @classmethod
+    def from_paper(cls, **changes: Any) -> Any:
+        """Make the estimator with the numbers of the paper and its official code.
+
+        VGG-16, learnt at its last four max-poolings and scored at the last three,
+        activations as they come; images of 32 x 32 pixels, 4,700 mini-batches (50
+        epochs of a class of Fashion-MNIST), gradients for maps. For MVTec AD the
+        official code takes ``image_size=128, max_steps=2400, direction_weight=2``.
+
+        Parameters
+        ----------
+        **changes
+            Parameters that are to be otherwise.
+
+        Returns
+        -------
+        KDClonerEstimator
+            Not fitted. The source's weights are torchvision's; see `weights`.
+        """
+        paper: dict[str, Any] = {
+            "backbone": "vgg16",
+            "stages": ("stage2", "stage3", "stage4", "stage5"),
+            "score_stages": ("stage3", "stage4", "stage5"),
+            "direction_weight": 100.0,
+            "standardize": False,
+            "max_steps": 4700,
+            "tol": -math.inf,
+            "localization": "gradient",
+            "image_size": 32,
+        }
+        return cls(**{**paper, **changes})
+
+    def _default_stages(self, backbone: Backbone) -> Iterable[str]:
+        restating = {"pool", "conv_head"}  # of what the stage before them gives
+        names = [name for name in backbone.stage_names if name not in restating]
+        return names[-N_STAGES:] or backbone.stage_names
+
+    @keep_state_on_error
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X: Any, y: ArrayLike | None = None) -> KDClonerEstimator:
+        """Teach the cloner what the source makes of normal images.
+
+        Parameters
+        ----------
+        X : array-like or sequence of paths
+            ``(n, d)`` vectors or flattened images; ``(n, height, width)``,
+            ``(n, height, width, channels)`` or ``(n, channels, height, width)``
+            images, uint8 or floats in [0, 1]; or paths of image files.
+        y : array-like of shape (n_samples,), default=None
+            +1 for normal images, -1 for known anomalies, which are left out.
+
+        Returns
+        -------
+        KDClonerEstimator
+            The detector itself.
+
+        Raises
+        ------
+        ValueError
+            If X, y or a parameter is not what is described here, if a cloner does not
+            give activations of the source's shapes, or if training diverges.
+        FileNotFoundError
+            If image files, or the weights, are missing.
+        """
+        inputs = self._fit_inputs(X)
+        normal = known_normal(y, len(inputs))
+        if not normal.all():
+            inputs = inputs.take(normal)
+        rng = check_random_state(self.random_state)
+        self.score_stages_ = self._check_score_stages()
+        taps = TapPass(**vars(self._feature_pass()))
+        self._sample_shape = taps.sample_shape(inputs)
+        augment = self._augmentation(draw_seed(rng))
+        outputs = PassOutputs(taps, inputs, self.max_cache_bytes, augment)
+        shapes = self._tap_shapes()
+        means, scales, readable = self._measure(outputs, shapes)
+        rows = np.flatnonzero(readable)
+        if len(rows) < 2:
+            raise ValueError(
+                f"Found {len(rows)} normal sample(s) (n_samples={len(rows)}) while a "
+                f"minimum of 2 is required by {type(self).__name__}."
+            )
+        held_out = hold_out(len(rows), self.validation_fraction, rng)
+        cloner = self._make_cloner(shapes, draw_seed(rng))
+        network = SourceAndCloner(self.backbone_, cloner, self.stages_, means, scales)
+        self._train(network, outputs, shapes, rows[~held_out], rng)
+        self._network, self.cloner_ = network, network.stages["cloner"]
+        self._widths = [2] * len(self.stages_)
+        self._learn_threshold(self._all_features(inputs)[rows], held_out)
+        self._noise_seed = draw_seed(rng)
+        return self
+
+    def _check_score_stages(self) -> tuple[str, ...]:
+        given = self.score_stages
+        if given is None:
+            return self.stages_[1:] if len(self.stages_) > 2 else self.stages_
+        names = {given} if isinstance(given, str) else set(given)
+        if not names or not names <= set(self.stages_):
+            raise ValueError(
+                f"score_stages={given!r} is to name some of the stages that the cloner "
+                f"learns: {', '.join(self.stages_)}."
+            )
+        return tuple(name for name in self.stages_ if name in names)
+
+    def _augmentation(self, seed: int) -> Augmentation | None:
+        low, high = check_scaling(self.scaling)
+        if self.rotation == 0 and low == high == 1:
+            return None
+        if self.backbone_.vectors:
+            raise ValueError("rotation and scaling are for images; X holds vectors.")
+        return Augmentation(self.rotation, (low, high), seed)
+
+    def _tap_shapes(self) -> list[tuple[int, ...]]:
+        """Measure a sample as the source sees it, and what its stages make of it."""
+        sample = torch.zeros(1, *self._sample_shape)
+        with torch.inference_mode():
+            outputs = self.backbone_.forward_stages(sample, self.stages_)
+        first = self.backbone_.normalize(sample)
+        return [first.shape[1:], *(outputs[name].shape[1:] for name in self.stages_)]
+
+    def _measure(
+        self, outputs: PassOutputs, shapes: list[tuple[int, ...]]
+    ) -> tuple[list[Tensor], list[Tensor], NDArray[np.bool_]]:
+        """Pass all samples once; give the mean and the scale of each channel."""
+        task, n = outputs.task, len(outputs.inputs)
+        row: Any = (np.float32, (sum(map(np.prod, shapes)),))
+        widths = [shape[0] for shape in shapes[1:]]
+        # by sample, so that sums do not depend on the order in which they come
+        moments = np.full((n, 2, sum(widths)), np.nan, dtype=np.float32)
+        for index, values in outputs.keep(self._run(task, outputs.inputs, False, row)):
+            _, *taps = to_taps(values, shapes)
+            maps = [tap.reshape(*tap.shape[:2], -1) for tap in taps]
+            for k, power in enumerate((1, 2)):
+                mean = torch.cat([(m**power).mean(dim=2) for m in maps], dim=1)
+                moments[index, k] = mean.numpy()
+        readable = ~np.isnan(moments).any(axis=(1, 2))
+        mean, square = moments[readable].mean(axis=0, dtype=np.float64)
+        if not self.standardize:
+            mean, square = np.zeros_like(mean), np.ones_like(mean)
+        variance = np.maximum(square - mean**2, 0)
+        scale = np.sqrt(np.where(variance > ALIKE, variance, 1))
+        means, scales = (
+            list(torch.from_numpy(values.astype(np.float32)).split(widths))
+            for values in (mean, scale)
+        )
+        return means, scales, readable
+
+    def _make_cloner(self, shapes: list[tuple[int, ...]], seed: int) -> nn.Module:
+        """Make the cloner, or copy the given one, and check what it gives."""
+        made: Any = self.cloner
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if isinstance(made, str):
+                return make_cloner(
+                    self.backbone_,
+                    self.stages_,
+                    self._sample_shape,
+                    compact=made == "compact",
+                    signed=self.standardize,
+                )
+            if not isinstance(made, nn.Module):
+                made = made()
+        if not isinstance(made, nn.Module):
+            raise ValueError(
+                f"cloner={self.cloner!r} is not 'compact', 'equal', a torch.nn.Module "
+                "or a function that returns one."
+            )
+        made = copy.deepcopy(made).float().requires_grad_(True).eval()
+        try:
+            with torch.inference_mode():
+                outputs = made(torch.zeros(2, *shapes[0]))
+            if isinstance(outputs, Mapping):
+                outputs = [outputs[name] for name in self.stages_]
+            given = [tuple(output.shape[1:]) for output in outputs]
+        except (RuntimeError, TypeError, AttributeError, KeyError) as error:
+            raise ValueError(
+                f"cloner fails on images of shape {tuple(shapes[0])}: {error!r}."
+            ) from error
+        expected = [tuple(shape) for shape in shapes[1:]]
+        if given != expected:
+            raise ValueError(
+                f"cloner gives activations of shapes {given}, while the stages "
+                f"{', '.join(self.stages_)} of the source have {expected}."
+            )
+        return made
+
+    def _train(
+        self,
+        network: SourceAndCloner,
+        outputs: PassOutputs,
+        shapes: list[tuple[int, ...]],
+        rows: NDArray[np.intp],
+        rng: np.random.RandomState,
+    ) -> None:
+        """Train the cloner until the loss has converged, or the budget is spent."""
+        device = outputs.task.device
+        network.frozen().to(device)
+        cloner = network.stages["cloner"].requires_grad_(True)
+        if len(shapes[0]) == 3:
+            cloner = cloner.to(memory_format=torch.channels_last)
+        optimizer = torch.optim.Adam(cloner.parameters(), lr=self.learning_rate)
+        steps = train(
+            optimizer,
+            islice(self._losses(network, outputs, shapes, rows, rng), self.max_steps),
+        )
+        cloner.train()
+        curve: list[float] = []
+        try:
+            for loss in self._track(steps, self.max_steps, fitting=True, unit="step"):
+                curve.append(loss)
+                if has_converged(curve, self.tol):
+                    break
+        except DivergedError as error:
+            raise ValueError(
+                f"Training failed: {error} after {len(curve)} steps. Lower "
+                "learning_rate, or set standardize=True."
+            ) from error
+        self.loss_curve_ = np.array(curve)
+        self.n_iter_ = len(curve)
+        network.frozen().cpu()
+
+    def _losses(
+        self,
+        network: SourceAndCloner,
+        outputs: PassOutputs,
+        shapes: list[tuple[int, ...]],
+        rows: NDArray[np.intp],
+        rng: np.random.RandomState,
+    ) -> Iterator[Tensor]:
+        """Give Eq. 4 for one mini-batch after the other, without end."""
+        device = outputs.task.device
+        # BatchNorm cannot learn from one sample
+        mini_batches = (
+            index if len(index) > 1 else np.repeat(index, 2)
+            for index in shuffled_batches(rows, self.batch_size, rng)
+        )
+        weights: Tensor | None = None
+        for _, values in outputs.batches(mini_batches):
+            x, *taps = (tap.to(device) for tap in to_taps(values, shapes))
+            pairs = zip(network.standardize(taps), network.imitate(x), strict=True)
+            both = torch.stack([losses(s, c).mean(dim=0) for s, c in pairs]).sum(dim=0)
+            if weights is None:
+                weights = self._settle_weights(*both.tolist()).to(device)
+            yield both @ weights
+
+    def _settle_weights(self, value: float, direction: float) -> Tensor:
+        """Weigh the terms of Eq. 4, by their first values if so wanted."""
+        weight = self.direction_weight
+        if weight == "auto":
+            weight = value / max(direction, 1e-12)
+        self.direction_weight_ = float(weight)
+        both = {"total": [1.0, weight], "value": [1.0, 0.0], "direction": [0.0, 1.0]}
+        self._weights = both[self.loss]
+        return torch.tensor(self._weights)
+
+    def _network_pass(self) -> FeaturePass:
+        return replace(self._feature_pass(), backbone=self._network)
+
+    def _batches(
+        self, inputs: Vectors, fitting: bool
+    ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
+        return self._run(self._network_pass(), inputs, fitting)
+
+    def _learn_threshold(
+        self, losses: NDArray[np.float32], held_out: NDArray[np.bool_]
+    ) -> None:
+        scores = self._score(losses)
+        scores[~held_out] = as_unseen(scores[~held_out], scores[held_out])
+        self._set_offset(scores)
+        self._held_out = HeldOutScores(row_digests(losses), scores)
+
+    def _score(self, losses: NDArray[np.float32]) -> NDArray[np.float64]:
+        scored = [name in self.score_stages_ for name in self.stages_]
+        by_stage = losses.reshape(len(losses), -1, 2)[:, scored]
+        return -(by_stage.sum(axis=1, dtype=np.float64) @ np.array(self._weights))
+
+    def score_samples(self, X: Any) -> NDArray[np.float64]:
+        """Score images by how far the cloner is from the source.
+
+        Parameters
+        ----------
+        X : array-like or sequence of paths
+            Images, in any form that `fit` takes.
+
+        Returns
+        -------
+        ndarray of float64, shape (n_samples,)
+            Minus the loss (Eq. 4): 0 at most, higher = more normal; NaN for files
+            skipped by ``on_error="skip"``.
+        """
+        inputs = self._check_inputs(X)
+        scores = np.full(len(inputs), np.nan)
+        for index, found in self._features(inputs):
+            scores[index] = self._held_out.score(found, self._score)
+        return scores
+
+    def anomaly_map(self, X: Any) -> Any:
+        """Show where in images the cloner is far from the source.
+
+        Parameters
+        ----------
+        X : array-like or sequence of paths
+            Images, in any form that `fit` takes.
+
+        Returns
+        -------
+        ndarray of float32, shape (n_samples, height, width)
+            A map of each image, at its size: 0 at least, higher = more anomalous, on
+            one scale for all images. A list of maps where files differ in size. NaN
+            for files skipped by ``on_error="skip"``.
+
+        Raises
+        ------
+        ValueError
+            If X holds vectors, or if no scored stage has maps.
+        """
+        inputs = self._check_inputs(X)
+        if self.image_size_ is None:
+            raise ValueError("anomaly_map is for images; the backbone takes vectors.")
+        if not any(len(shape) == 3 for shape in self._tap_shapes()[1:]):
+            raise ValueError(
+                f"stages={self.stages_} have no maps; choose earlier ones."
+            )
+        task = self._map_pass(inputs)
+        maps = [
+            np.full(self.image_size_, np.nan, np.float32) for _ in range(len(inputs))
+        ]
+        batches = iter_features(task, inputs, on_error=self.on_error)
+        for index, rows in self._track(batches, len(inputs), False):
+            found = rows.reshape(len(rows), *self.image_size_)
+            for i, found_map in zip(
+                index, refine(found, self.sigma, self.opening), strict=True
+            ):
+                maps[i] = fit_size(found_map, inputs.size(i))
+        same_size = len({found.shape for found in maps}) == 1
+        return np.stack(maps) if same_size else maps
+
+    def _map_pass(self, inputs: Vectors) -> MapPass:
+        """Choose what maps show."""
+        task = self._network_pass()
+        options = vars(task)
+        total = partial(total_loss, self.score_stages_, self._weights)
+        if self.localization == "discrepancy":
+            attribution = partial(discrepancy, self.score_stages_, self._weights)
+            return MapPass(**options, attribution=attribution)
+        options = {**options, "dtype": torch.float32}  # gradients vanish in bfloat16
+        if self.localization == "guided_backprop":
+            network = self._network
+            options["backbone"] = SourceAndCloner(
+                self.backbone_,
+                guided(self.cloner_),
+                self.stages_,
+                network.means,
+                network.scales,
+            ).frozen()
+        if self.localization == "smoothgrad":
+            generator = torch.Generator().manual_seed(self._noise_seed)
+            shape = self.n_noisy, *task.sample_shape(inputs)
+            noise = self.noise * torch.randn(shape, generator=generator)
+            return MapPass(**options, attribution=partial(smoothgrad, total, noise))
+        return MapPass(**options, attribution=partial(gradient, total))
+
+
+def total_loss(
+    stages: tuple[str, ...], weights: list[float], network: Any, x: Tensor
+) -> Tensor:
+    """Eq. 4 over some stages, for each sample."""
+    both = torch.stack(list(network.forward_stages(x, stages).values()))
+    return both.sum(dim=0) @ torch.tensor(weights, device=x.device)
+
+
+def discrepancy(
+    stages: tuple[str, ...], weights: list[float], network: Any, x: Tensor
+) -> Tensor:
+    """Eq. 4 position by position: maps of all stages, brought to one size."""
+    pairs = network.activations(x)
+    summed = torch.zeros(len(x), 1, *x.shape[2:], device=x.device)
+    for name in stages:
+        source, cloner = pairs[name]
+        if source.ndim == 4:
+            value = (source - cloner).square().mean(dim=1)
+            direction = 1 - F.cosine_similarity(source, cloner)
+            stage_map = weights[0] * value + weights[1] * direction
+            summed += F.interpolate(
+                stage_map[:, None], size=x.shape[2:], mode="bilinear"
+            )
+    return summed[:, 0]
+
+
+def to_taps(values: NDArray[np.float32], shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    """Part what `TapPass` gives: samples as the source sees them, and activations."""
+    parts = torch.from_numpy(values).split([int(np.prod(s)) for s in shapes], dim=1)
+    return [part.reshape(-1, *s) for part, s in zip(parts, shapes, strict=True)]
+
+
+def check_scaling(scaling: Any) -> tuple[float, float]:
+    """Check a range of factors."""
+    if len(scaling) != 2 or not 0 < scaling[0] <= scaling[1]:
+        raise ValueError(f"scaling={scaling!r} is to be two factors, the lesser first.")
+    return float(scaling[0]), float(scaling[1])
+
+
+def has_converged(curve: list[float], tol: float) -> bool:
+    """Tell, every 100 steps, whether the last 100 have made a difference."""
+    if len(curve) % WINDOW or len(curve) < 2 * WINDOW:
+        return False
+    *_, before, after = np.reshape(curve, (-1, WINDOW)).mean(axis=1)
+    return bool(after > (1 - tol) * before)
