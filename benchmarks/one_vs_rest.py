@@ -33,6 +33,7 @@ from skdeepad import (
     BackboneFeatures,
     CentroidScorer,
     GaussianScorer,
+    KDClonerEstimator,
     KMeansScorer,
     KNNScorer,
     MahalanobisFeatureScorer,
@@ -53,6 +54,7 @@ def behind_features(*steps: Callable[[], Any]) -> Callable[..., Pipeline]:
 DETECTORS: dict[str, Callable[..., Any]] = {
     "mahalanobis": MahalanobisFeatureScorer,
     "panda": PANDAEstimator,
+    "kd-cloner": KDClonerEstimator,
     "knn": behind_features(KNNScorer),
     "cosine-knn": behind_features(lambda: KNNScorer(metric="cosine")),
     "kmeans": behind_features(KMeansScorer),

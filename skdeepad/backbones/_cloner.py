@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,9 +100,10 @@ def make_cloner(
             layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
         pooling = _last_max_pooling(source.stages[name])
         strides = (1, 1)
-        if output.ndim == 4 and not pooling:
+        if output.ndim == 4:
             (high, wide), (h, w) = x.shape[2:], output.shape[2:]
-            strides = round(high / h), round(wide / w)
+            left = pooling[0].stride if pooling else 1  # to the pooling
+            strides = round(high / h / left), round(wide / w / left)
         depth = min(max(_count_layers(source.stages[name]), 1 + compared), MOST)
         channels = x.shape[1]
         for last in [False] * (depth - 1) + [True]:
@@ -142,7 +144,7 @@ def _count_layers(stage: nn.Module) -> int:
     return sum(isinstance(m, nn.Conv2d | nn.Linear) for m in stage.modules())
 
 
-def _last_max_pooling(stage: nn.Module) -> list[nn.Module]:
+def _last_max_pooling(stage: nn.Module) -> list[Any]:
     """Give the max-pooling that a stage ends in, as VGG's do."""
     last = list(stage.children())[-1:]
     return [m for m in last if isinstance(m, nn.MaxPool2d)]

@@ -204,7 +204,7 @@ class KDClonerEstimator(AnomalyDetector, BackboneEstimator):
         Whether the cloner learns the source's activations as they are once each
         channel has mean 0 and variance 1 over the training images. The paper learns
         them as they are; channels and stages of large values then count for most.
-    max_steps : int, default=1000
+    max_steps : int, default=300
         For how many mini-batches it trains at most. The paper: 50 epochs of 6,000
         images (Fashion-MNIST), 600 of about 240 (MVTec AD), which is 4,700 and 2,400.
     tol : float, default=0.001
@@ -365,7 +365,7 @@ default="discrepancy"
         loss: str = "total",
         direction_weight: float | str = "auto",
         standardize: bool = True,
-        max_steps: int = 1000,
+        max_steps: int = 300,
         tol: float = 1e-3,
         learning_rate: float = 0.001,
         rotation: float = 0.0,
