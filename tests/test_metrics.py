@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import pickle
+import tracemalloc
 
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter, label
 from scipy.stats import mannwhitneyu
 from sklearn.base import OutlierMixin
 from sklearn.ensemble import IsolationForest
 from sklearn.exceptions import UndefinedMetricWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import get_scorer
+from sklearn.metrics import get_scorer, roc_auc_score
 from sklearn.model_selection import StratifiedKFold, cross_validate
 from sklearn.neighbors import KernelDensity, LocalOutlierFactor
 from sklearn.pipeline import make_pipeline
@@ -27,7 +29,9 @@ from skdeepad.metrics import (
     anomaly_fpr_at_tpr_score,
     anomaly_roc_auc,
     anomaly_roc_auc_score,
+    aupro_score,
     neg_anomaly_fpr95,
+    pixel_roc_auc_score,
 )
 
 METRICS = [
@@ -252,3 +256,110 @@ def test_scorers_together_score_once_per_fold(data):
     run = {"cv": StratifiedKFold(3), "scoring": SCORERS, "error_score": "raise"}
     cross_validate(Counting(), *data, **run)
     assert calls == [40, 40, 40]
+
+
+# maps
+
+
+def smooth_maps(n=6, size=40, seed=0):
+    """Masks of a few round defects, and maps that find them by half."""
+    rng = np.random.default_rng(seed)
+    masks = np.zeros((n, size, size), dtype=bool)
+    y, x = np.indices((size, size))
+    for mask in masks[1:]:
+        for _ in range(rng.integers(1, 4)):
+            (top, left), radius = rng.uniform(0, size, 2), rng.uniform(1, 6)
+            mask |= np.hypot(y - top, x - left) < radius
+    noise = gaussian_filter(rng.normal(size=masks.shape), (0, 2, 2))
+    return masks, (gaussian_filter(masks * 1.0, (0, 1, 1)) + 4 * noise).astype("f4")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pixel_roc_auc_is_that_of_all_pixels(seed):
+    masks, maps = smooth_maps(seed=seed)
+    found = pixel_roc_auc_score(masks, maps)
+    assert found == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-5)
+    assert pixel_roc_auc_score(masks, -maps) == pytest.approx(1 - found, abs=1e-5)
+
+
+def overlap_by_hand(masks, maps, max_fpr, n_thresholds=4000):
+    """AUPRO, threshold by threshold and region by region."""
+    regions = []
+    for i, mask in enumerate(masks):
+        labels, n = label(mask, structure=np.ones((3, 3)))
+        regions += [(i, labels == k) for k in range(1, n + 1)]
+    thresholds = np.quantile(maps, np.linspace(1, 0, n_thresholds))
+    flagged, overlap = [0.0], [0.0]
+    for threshold in thresholds:
+        found = maps >= threshold
+        flagged.append(found[~masks].mean())
+        overlap.append(np.mean([found[i][region].mean() for i, region in regions]))
+    grid = np.linspace(0, max_fpr, 20001)
+    return np.mean(np.interp(grid, flagged, overlap))
+
+
+@pytest.mark.parametrize("max_fpr", [0.05, 0.3, 1.0])
+def test_aupro_counts_defects_and_not_pixels(max_fpr):
+    masks, maps = smooth_maps()
+    found = aupro_score(masks, maps, max_fpr=max_fpr)
+    assert found == pytest.approx(overlap_by_hand(masks, maps, max_fpr), abs=2e-3)
+
+
+def test_aupro_of_one_pixel_defects_is_the_roc():
+    masks, maps = smooth_maps()
+    masks[:] = False
+    masks[:, ::5, ::5] = True  # neighbours of none
+    found = aupro_score(masks, maps, max_fpr=1.0)
+    assert found == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-6)
+
+
+@pytest.mark.parametrize("metric", [pixel_roc_auc_score, aupro_score])
+def test_maps_are_taken_in_every_form(metric):
+    masks, maps = smooth_maps()
+    wanted = metric(masks, maps)
+    assert metric(masks * np.uint8(255), maps.astype("f8")) == wanted
+    assert metric((m.astype(int) for m in masks), iter(maps)) == wanted
+    order = [3, 1, 0, 5, 4, 2]
+    assert metric(masks[order], maps[order]) == pytest.approx(wanted, abs=1e-12)
+    # a power of two moves no first bits
+    assert metric(masks, 4 * maps) == wanted
+    sizes = metric([masks[1], masks[2, :20]], [maps[1], maps[2, :20]])
+    assert 0 < sizes < 1
+    assert metric(masks, masks * 1.0) == 1
+    chance = 0.15 if metric is aupro_score else 0.5
+    assert metric(masks, 0 * maps) == pytest.approx(chance)
+
+
+@pytest.mark.parametrize("metric", [pixel_roc_auc_score, aupro_score])
+def test_wrong_maps_are_told(metric):
+    masks, maps = smooth_maps()
+    with pytest.raises(ValueError, match=r"masks\[1\] must hold 0 and 1"):
+        metric(masks * 0.5, maps)  # resized, say
+    with pytest.raises(ValueError, match=r"masks\[0\] has shape"):
+        metric(masks[:, 1:], maps)
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        metric(masks[1:], maps)
+    maps[2, 0, 0] = np.nan
+    with pytest.raises(ValueError, match=r"maps\[2\] holds values"):
+        metric(masks, maps)
+    with pytest.warns(UndefinedMetricWarning):
+        assert np.isnan(metric(0 * masks[:2], maps[:2]))
+    with pytest.raises(ValueError, match="max_fpr"):
+        aupro_score(masks, maps, max_fpr=0)
+
+
+def test_memory_of_maps_is_bounded():
+    masks, maps = smooth_maps(n=8, size=128)
+
+    def peak(repeats):
+        tracemalloc.start()
+        aupro_score(
+            (m for _ in range(repeats) for m in masks),
+            (m for _ in range(repeats) for m in maps),
+        )
+        _, high = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return high
+
+    peak(1)
+    assert peak(6) < 1.1 * peak(1)
