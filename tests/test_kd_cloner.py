@@ -264,6 +264,7 @@ def test_equal_cloner_has_the_sources_widths():
         ("convnext_tiny", (64, 64)),
         ("timm/vit_tiny_patch16_224", (224, 224)),
         ("mnist_lenet", (28, 28)),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 5, 2)), (33, 32)),
     ],
 )
 def test_cloner_fits_any_source(name, size, compact):

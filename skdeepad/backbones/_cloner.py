@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -95,37 +96,51 @@ def make_cloner(
             )
         width = output.shape[1] if compared or not compact else COMPACT
         hidden = COMPACT if compact else width
-        layers: list[nn.Module] = []
-        if output.ndim == 2 and x.ndim == 4:
-            layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-        pooling = _last_max_pooling(source.stages[name])
-        strides = (1, 1)
-        if output.ndim == 4:
-            (high, wide), (h, w) = x.shape[2:], output.shape[2:]
-            left = pooling[0].stride if pooling else 1  # to the pooling
-            strides = round(high / h / left), round(wide / w / left)
+        rectified = not compared or not (signed or output.min() < 0)
         depth = min(max(_count_layers(source.stages[name]), 1 + compared), MOST)
-        channels = x.shape[1]
-        for last in [False] * (depth - 1) + [True]:
-            out = width if last else hidden
-            if output.ndim == 4:
-                layers.append(_convolution(channels, out, strides))
-            else:
-                layers.append(nn.Linear(channels, out, bias=False))
-            if not last:
-                norm = nn.BatchNorm2d if output.ndim == 4 else nn.BatchNorm1d
-                layers += [norm(out), nn.ReLU()]
-            channels, strides = out, (1, 1)
-        if not compared or not (signed or output.min() < 0):
-            layers.append(nn.ReLU())
-        layers += pooling
-        blocks[name] = nn.Sequential(*layers)
-        x = output[:, :1].expand(-1, width, *output.shape[2:])
+        widths = [x.shape[1], *[hidden] * (depth - 1), width]
+        block = _make_block(x, output, widths, _last_max_pooling(source.stages[name]))
+        if rectified:
+            # before the pooling, as in the stage
+            block.insert(len(block) - isinstance(block[-1], nn.MaxPool2d), nn.ReLU())
+        with torch.inference_mode():
+            x = block.eval()(x)
+            if x.shape[2:] != output.shape[2:]:  # the stage does not pad its maps
+                block.append(nn.AdaptiveAvgPool2d(tuple(output.shape[2:])))
+                x = block[-1](x)
+        blocks[name] = block
     cloner = Cloner(blocks, stages)
     for module in cloner.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.xavier_uniform_(module.weight)
-    return cloner
+    return cloner.train()
+
+
+def _make_block(
+    x: Tensor, output: Tensor, widths: list[int], pooling: list[nn.MaxPool2d]
+) -> nn.Sequential:
+    """Make layers of these widths from one shape to the other."""
+    maps = output.ndim == 4
+    block = nn.Sequential()
+    if x.ndim == 4 and not maps:
+        block.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten()])
+    strides = (1, 1)
+    if maps:
+        left: Any = pooling[0].stride if pooling else 1  # to the pooling
+        high, wide = (
+            round(before / after / left)
+            for before, after in zip(x.shape[2:], output.shape[2:], strict=True)
+        )
+        strides = (high, wide)
+    for i, (channels, out) in enumerate(pairwise(widths)):
+        if i > 0:
+            block.append(nn.BatchNorm2d(channels) if maps else nn.BatchNorm1d(channels))
+            block.append(nn.ReLU())
+        if maps:
+            block.append(_convolution(channels, out, strides if i == 0 else (1, 1)))
+        else:
+            block.append(nn.Linear(channels, out, bias=False))
+    return block.extend(pooling)
 
 
 def _convolution(channels: int, out: int, strides: tuple[int, int]) -> nn.Conv2d:
@@ -144,7 +159,7 @@ def _count_layers(stage: nn.Module) -> int:
     return sum(isinstance(m, nn.Conv2d | nn.Linear) for m in stage.modules())
 
 
-def _last_max_pooling(stage: nn.Module) -> list[Any]:
+def _last_max_pooling(stage: nn.Module) -> list[nn.MaxPool2d]:
     """Give the max-pooling that a stage ends in, as VGG's do."""
     last = list(stage.children())[-1:]
     return [m for m in last if isinstance(m, nn.MaxPool2d)]
