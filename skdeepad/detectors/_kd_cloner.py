@@ -204,9 +204,10 @@ class KDClonerEstimator(AnomalyDetector, BackboneEstimator):
         Whether the cloner learns the source's activations as they are once each
         channel has mean 0 and variance 1 over the training images. The paper learns
         them as they are; channels and stages of large values then count for most.
-    max_steps : int, default=300
-        For how many mini-batches it trains at most. The paper: 50 epochs of 6,000
-        images (Fashion-MNIST), 600 of about 240 (MVTec AD), which is 4,700 and 2,400.
+    max_steps : int, default=400
+        For how many mini-batches it trains at most. The paper, with mini-batches of
+        64: 50 epochs of 6,000 images (Fashion-MNIST), 600 of about 240 (MVTec AD),
+        which is 4,700 and 2,400.
     tol : float, default=0.001
         Training stops when the mean loss over 100 mini-batches is no lower than
         ``(1 - tol)`` times that of the 100 before.
@@ -249,8 +250,9 @@ default="discrepancy"
     image_shape : (int, int, int) or (int, int), default=None
         (channels, height, width) or (height, width) of one image, where X does not
         tell: rows that are flattened images, or an ambiguous channel axis.
-    batch_size : int, default=64
-        How many samples the networks see at once, in training and in scoring.
+    batch_size : int, default=32
+        How many samples the networks see at once, in training and in scoring. The
+        paper's is 64.
     max_cache_bytes : int, default=2**30
         What the source makes of the training images is kept in memory if it takes no
         more than this, and computed again in each epoch otherwise, or where images
@@ -365,7 +367,7 @@ default="discrepancy"
         loss: str = "total",
         direction_weight: float | str = "auto",
         standardize: bool = True,
-        max_steps: int = 300,
+        max_steps: int = 400,
         tol: float = 1e-3,
         learning_rate: float = 0.001,
         rotation: float = 0.0,
@@ -379,7 +381,7 @@ default="discrepancy"
         contamination: float = 0.05,
         image_size: int | tuple[int, int] | None = None,
         image_shape: tuple[int, ...] | None = None,
-        batch_size: int = 64,
+        batch_size: int = 32,
         max_cache_bytes: int = 2**30,
         memory: Any = None,
         on_error: str = "raise",
@@ -445,6 +447,7 @@ default="discrepancy"
             "direction_weight": 100.0,
             "standardize": False,
             "max_steps": 4700,
+            "batch_size": 64,
             "tol": -math.inf,
             "localization": "gradient",
             "image_size": 32,
