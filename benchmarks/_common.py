@@ -19,7 +19,8 @@ import skdeepad
 from skdeepad import BackboneFeatures
 from skdeepad.inference import FeaturePass
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 PASSED = "SKDEEPAD_BENCH_PASSED"  # names a file; the variable reaches the workers
 
 

@@ -885,7 +885,11 @@ def test_a_pipeline_with_memory_computes_features_once(images, passes, tmp_path)
 @every_estimator
 def test_html_representation(make, images):
     estimator = make()
-    assert "BackboneFeatures" in estimator._repr_html_() or make in (mahalanobis, panda, kd_cloner)
+    assert "BackboneFeatures" in estimator._repr_html_() or make in (
+        mahalanobis,
+        panda,
+        kd_cloner,
+    )
     assert "efficientnet" not in repr(estimator)  # defaults are not shown
     estimator.fit(images["grey"][0])._repr_html_()
 
