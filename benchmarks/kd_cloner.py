@@ -7,8 +7,8 @@
 
 Textures are photographs with painted defects (`make_texture_defects`): 200 good patches
 to train on, 100 good and 100 defective ones to test, all kinds of defects, one detector
-a texture. Image and pixel AUROC and per-region overlap (to a false positive rate of 0.3)
-x 100. The paper's figures beside ours are of other images: MVTec AD for textures,
+a texture. Image and pixel AUROC and per-region overlap (up to a false positive rate of
+0.3) x 100. The paper's figures beside ours are of other images: MVTec AD for textures,
 MNIST, MVTec AD or CIFAR-10 for the ablations.
 
 textures      three textures, patches of 64 and 128 pixels

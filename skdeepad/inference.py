@@ -250,6 +250,20 @@ class PassOutputs:
             yield batch.index, self.task.run(values)
 
 
+def regroup(batches: Iterable[Outputs], size: int) -> Iterator[Outputs]:
+    """Cut batches of samples anew: all of this size, but for the last."""
+    index: NDArray[np.intp] = np.empty(0, dtype=np.intp)
+    values: NDArray[Any] | None = None
+    for more, new in batches:
+        index = np.append(index, more)
+        values = new if values is None else np.concatenate([values, new])
+        while len(index) >= size:
+            yield index[:size], values[:size]
+            index, values = index[size:], values[size:]
+    if values is not None and len(index):
+        yield index, values
+
+
 _COPIES: WeakKeyDictionary[Backbone, dict[Any, Backbone]] = WeakKeyDictionary()
 _FINGERPRINTS: WeakKeyDictionary[Backbone, str] = WeakKeyDictionary()
 

@@ -674,4 +674,5 @@ def test_exif_orientation(orientation, suffix, tolerance, tmp_path, photos):
     path = save(tmp_path / f"exif.{suffix}", stored, exif=exif, quality=100)
     pixels = read([path])[0, 0]
     assert pixels.shape == upright.shape
+    assert ImagePaths(np.array([path], dtype=object)).size(0) == upright.shape
     assert abs(pixels - np.float32(upright) / 255).max() <= tolerance

@@ -23,7 +23,7 @@ from torch import nn
 from skdeepad import GaussianScorer, KNNScorer, OneClassKFold, PANDAEstimator
 from skdeepad.backbones import Backbone, load_backbone
 from skdeepad.fisher import fisher_diagonal, mean_squared_gradients, sampled_loss
-from skdeepad.inference import TrunkPass
+from skdeepad.inference import TrunkPass, regroup
 from skdeepad.objectives import compactness, elastic_penalty, outlier_exposure
 from skdeepad.training import DivergedError, shuffled_batches, train
 
@@ -452,6 +452,20 @@ def test_scores_are_the_same_without_the_cache(adaptation, kind, textures, image
         return np.r_[estimator.offset_, estimator.score_samples(test)]
 
     assert_array_equal(scores(2**30), scores(0))
+
+
+@pytest.mark.parametrize("sizes", [[3, 3, 1], [20], [1] * 9, [4], []])
+@pytest.mark.parametrize("size", [1, 4, 7])
+def test_batches_are_cut_anew(sizes, size):
+    """Every sample once, in its order, with its own values."""
+    edges = np.cumsum([0, *sizes])
+    batches = [np.arange(*pair) for pair in zip(edges, edges[1:], strict=False)]
+    cut = list(regroup(((index, 10 * index[:, None]) for index in batches), size))
+    assert all(len(index) == size for index, _ in cut[:-1])
+    assert all(0 < len(index) <= size for index, _ in cut)
+    for index, values in cut:
+        assert_array_equal(values, 10 * index[:, None])
+    assert [i for index, _ in cut for i in index] == list(range(sum(sizes)))
 
 
 def count_trunk(monkeypatch):
