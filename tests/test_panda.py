@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -459,7 +460,7 @@ def test_scores_are_the_same_without_the_cache(adaptation, kind, textures, image
 def test_batches_are_cut_anew(sizes, size):
     """Every sample once, in its order, with its own values."""
     edges = np.cumsum([0, *sizes])
-    batches = [np.arange(*pair) for pair in zip(edges, edges[1:], strict=False)]
+    batches = [np.arange(*pair) for pair in pairwise(edges)]
     cut = list(regroup(((index, 10 * index[:, None]) for index in batches), size))
     assert all(len(index) == size for index, _ in cut[:-1])
     assert all(0 < len(index) <= size for index, _ in cut)

@@ -266,9 +266,9 @@ default="discrepancy"
     device : str, default="auto"
         Device of torch's. "auto": CUDA or MPS where there is one, else the CPU.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
-        Of the source, and of the cloner in scoring: "auto" runs images in bfloat16
-        where the processor is made for it (AMX, CUDA). Training and gradients are in
-        float32.
+        Of both networks: "auto" runs images in bfloat16 where the processor is made
+        for it (AMX, CUDA), in training by automatic mixed precision. Losses and the
+        gradients of maps are in float32.
     random_state : int, RandomState instance or None, default=None
         Seeds the cloner's weights, random weights of the source, the held-out share,
         mini-batches, augmentation and noise.
@@ -653,6 +653,7 @@ default="discrepancy"
     ) -> Iterator[Tensor]:
         """Give Eq. 4 for one mini-batch after the other, without end."""
         device = outputs.task.device
+        mixed = outputs.task.dtype == torch.bfloat16
         # BatchNorm cannot learn from one sample
         mini_batches = (
             index if len(index) > 1 else np.repeat(index, 2)
@@ -661,7 +662,9 @@ default="discrepancy"
         weights: Tensor | None = None
         for _, values in outputs.batches(mini_batches):
             x, *taps = (tap.to(device) for tap in to_taps(values, shapes))
-            pairs = zip(network.standardize(taps), network.imitate(x), strict=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+                imitated = network.imitate(x)
+            pairs = zip(network.standardize(taps), imitated, strict=True)
             both = torch.stack([losses(s, c).mean(dim=0) for s, c in pairs]).sum(dim=0)
             if weights is None:
                 weights = self._settle_weights(*both.tolist()).to(device)
