@@ -14,6 +14,7 @@ fit     fit on uint8 arrays, likewise
 grid    a grid search over six scorers, as time over that of one pass of features
         (grid-112: of more and smaller images, where the scorers weigh more)
 panda   scoring by ten checkpoints (SES), as time over that of unadapted features
+kd_cloner  scores and maps, as time over a bare pass of each of its two networks
 memory  peak memory of score_samples on few files and on many (Linux only)
 """
 
@@ -21,11 +22,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import pickle
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,6 +46,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 
 from skdeepad import (
     BackboneFeatures,
+    KDClonerEstimator,
     KNNScorer,
     MahalanobisFeatureScorer,
     OneClassKFold,
@@ -106,14 +110,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Let the floor and the contenders take turns; the first turn does not count."""
     n = floor[0]
-    runs = {"floor": bare_forward(*floor), **contenders}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if turn > 0:
-                seconds[name].append(time.perf_counter() - start)
+    seconds = take_turns({"floor": bare_forward(*floor), **contenders}, repeats)
     rows = []
     for name in contenders:
         row = {
@@ -126,6 +123,20 @@ def compare(
         print_row(row, f"{row['images_per_second']:.0f} images/s")
         rows.append(row)
     return rows
+
+
+def take_turns(
+    runs: dict[str, Callable[[], Any]], repeats: int
+) -> dict[str, list[float]]:
+    """Time each in turn; the first turn does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(repeats + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if turn > 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
 
 
 def ratios(above: list[float], below: list[float]) -> dict[str, float]:
@@ -309,12 +320,11 @@ def measure_panda(repeats: int) -> list[dict[str, Any]]:
             ).fit(photos)
             for adaptation in (None, "ses")
         )
-        seconds: dict[str, list[float]] = {"none": [], "ses": []}
-        for _ in range(repeats):
-            for name, detector in (("none", none), ("ses", ses)):
-                start = time.perf_counter()
-                detector.score_samples(new)
-                seconds[name].append(time.perf_counter() - start)
+        scorers = {"none": none, "ses": ses}
+        seconds = take_turns(
+            {name: partial(d.score_samples, new) for name, d in scorers.items()},
+            repeats,
+        )
         row = {
             "what": f"panda, {size} px, ten checkpoints over none",
             "n_images": n,
@@ -324,6 +334,66 @@ def measure_panda(repeats: int) -> list[dict[str, Any]]:
         print_row(row, f"{row['images_per_second']:.0f} images/s")
         rows.append(row)
     return rows
+
+
+def measure_kd_cloner(repeats: int) -> list[dict[str, Any]]:
+    """Score and map by knowledge distillation, over both networks' bare passes."""
+    n, rows = 300, []
+    for size, precision in product((112, 224), ("auto", "float32")):
+        photos, new = make_photos(64, size), make_photos(n, size, seed=1)
+        detector = KDClonerEstimator(
+            image_size=size,
+            max_steps=2,
+            batch_size=BATCH,
+            precision=precision,
+            device="cpu",
+            random_state=0,
+        ).fit(photos)
+        gradient = pickle.loads(pickle.dumps(detector))
+        gradient.set_params(localization="gradient")
+        dtype = resolve_precision(precision, torch.device("cpu"), False)
+        seconds = take_turns(
+            {
+                "floor": both_forwards(detector, n, size, dtype),
+                "score_samples": partial(detector.score_samples, new),
+                "discrepancy map": partial(detector.anomaly_map, new),
+                "gradient map": partial(gradient.anomaly_map, new),
+            },
+            repeats,
+        )
+        name = str(dtype).removeprefix("torch.")
+        for what, taken in list(seconds.items())[1:]:
+            row = {
+                "what": f"kd_cloner, {size} px, {name}, {what} over two bare passes",
+                "n_images": n,
+                "images_per_second": round(n / min(taken), 1),
+                **ratios(taken, seconds["floor"]),
+            }
+            print_row(row, f"{row['images_per_second']:.0f} images/s")
+            rows.append(row)
+    return rows
+
+
+def both_forwards(
+    detector: KDClonerEstimator, n: int, size: int, dtype: torch.dtype
+) -> Callable[[], None]:
+    """Make the floor: the source as timm makes it, and the cloner as it is trained."""
+    source = bare_forward(n, size, dtype)
+    cloner = pickle.loads(pickle.dumps(detector.cloner_))
+    cloner = cloner.to(memory_format=torch.channels_last)
+    images = torch.from_numpy(make_photos(n, size)).permute(0, 3, 1, 2) / 255
+    ready = images.contiguous(memory_format=torch.channels_last)
+
+    def forward() -> None:
+        source()
+        with (
+            torch.inference_mode(),
+            torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
+        ):
+            for batch in ready.split(BATCH):
+                cloner(batch)
+
+    return forward
 
 
 def measure_memory(repeats: int) -> list[dict[str, Any]]:
@@ -357,6 +427,7 @@ PARTS = {
         measure_grid, cases=[(6000, 112, SHARED), (600, 112, UNSHARED)]
     ),
     "panda": measure_panda,
+    "kd_cloner": measure_kd_cloner,
     "memory": measure_memory,
 }
 
