@@ -174,7 +174,7 @@ def run_localization(told: dict[str, Any]) -> None:
     by_row: dict[str, list[dict[str, Any]]] = {}
     for texture in TEXTURES:
         data = load(texture, 64)
-        detector, _ = fit(data, {})
+        detector, _ = fit(data, {"n_noisy": 10})
         for name in LOCALIZATIONS:
             for smoothed in (True, False):
                 raw = {} if smoothed else UNSMOOTHED
