@@ -23,15 +23,14 @@ from torch.nn import functional as F
 
 from ..backbones import Backbone
 from ..backbones._cloner import make_cloner
-from ..base import AnomalyDetector, draw_seed, keep_state_on_error, known_normal
-from ..features import BackboneEstimator
+from ..base import draw_seed, keep_state_on_error, known_normal
 from ..inference import FeaturePass, PassOutputs, TapPass, iter_features
 from ..inputs import Vectors
 from ..localization import MapPass, fit_size, gradient, guided, refine, smoothgrad
 from ..objectives import direction_loss, value_loss
-from ..scorers._base import HeldOutScores, row_digests
+from ..scorers._base import row_digests
 from ..training import DivergedError, shuffled_batches, train
-from ._held_out import as_unseen, hold_out
+from ._base import BackboneDetector, as_unseen, hold_out
 
 N_STAGES = 4  # the paper's "last four max-pooling layers"
 LOCALIZATIONS = {"discrepancy", "gradient", "smoothgrad", "guided_backprop"}
@@ -157,7 +156,7 @@ class Augmentation:
         return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-class KDClonerEstimator(AnomalyDetector, BackboneEstimator):
+class KDClonerEstimator(BackboneDetector):
     """Multiresolution knowledge distillation: a cloner that knows normal images only.
 
     A small network, the cloner, learns on normal images to give the activations that
@@ -331,8 +330,7 @@ default="discrepancy"
     """
 
     _parameter_constraints = {  # noqa: RUF012
-        **BackboneEstimator._parameter_constraints,
-        **AnomalyDetector._parameter_constraints,
+        **BackboneDetector._parameter_constraints,
         "cloner": [StrOptions({"compact", "equal"}), callable],
         "stages": [str, tuple, list, None],
         "score_stages": [str, tuple, list, None],
@@ -693,33 +691,12 @@ default="discrepancy"
     ) -> None:
         scores = self._score(losses)
         scores[~held_out] = as_unseen(scores[~held_out], scores[held_out])
-        self._set_offset(scores)
-        self._held_out = HeldOutScores(row_digests(losses), scores)
+        self._set_threshold(row_digests(losses), scores)
 
     def _score(self, losses: NDArray[np.float32]) -> NDArray[np.float64]:
         scored = [name in self.score_stages_ for name in self.stages_]
         by_stage = losses.reshape(len(losses), -1, 2)[:, scored]
         return -(by_stage.sum(axis=1, dtype=np.float64) @ np.array(self._weights))
-
-    def score_samples(self, X: Any) -> NDArray[np.float64]:
-        """Score images by how far the cloner is from the source.
-
-        Parameters
-        ----------
-        X : array-like or sequence of paths
-            Images, in any form that `fit` takes.
-
-        Returns
-        -------
-        ndarray of float64, shape (n_samples,)
-            Minus the loss (Eq. 4): 0 at most, higher = more normal; NaN for files
-            skipped by ``on_error="skip"``.
-        """
-        inputs = self._check_inputs(X)
-        scores = np.full(len(inputs), np.nan)
-        for index, found in self._features(inputs):
-            scores[index] = self._held_out.score(found, self._score)
-        return scores
 
     def anomaly_map(self, X: Any) -> Any:
         """Show where in images the cloner is far from the source.

@@ -17,12 +17,12 @@ from sklearn.base import (
 from sklearn.utils.metaestimators import available_if
 
 from ..backbones import Backbone
-from ..base import AnomalyDetector, keep_state_on_error, known_normal
-from ..features import BackboneEstimator
+from ..base import keep_state_on_error, known_normal
 from ..inputs import Vectors
 from ..scorers import GaussianScorer
-from ..scorers._base import HeldOutScores, row_digests
+from ..scorers._base import row_digests
 from ..scorers._gaussian import can_update
+from ._base import BackboneDetector
 
 N_STAGES = 3  # how many of the last stages are used by default
 
@@ -30,8 +30,7 @@ N_STAGES = 3  # how many of the last stages are used by default
 class MahalanobisFeatureScorer(
     ClassNamePrefixFeaturesOutMixin,
     TransformerMixin,
-    AnomalyDetector,
-    BackboneEstimator,
+    BackboneDetector,
 ):
     """Mahalanobis distance in the features of a frozen, pretrained network.
 
@@ -142,7 +141,7 @@ estimator, default="ledoit_wolf"
     """
 
     _parameter_constraints = {  # noqa: RUF012
-        **BackboneEstimator._parameter_constraints,
+        **BackboneDetector._parameter_constraints,
         **GaussianScorer._parameter_constraints,
         "stages": [str, tuple, list, None],
         "joint": ["boolean"],
@@ -299,29 +298,8 @@ estimator, default="ledoit_wolf"
     ) -> MahalanobisFeatureScorer:
         scores = np.sum(held_out, axis=0)
         self.n_samples_seen_ = self._gaussians[0].n_samples_seen_
-        self._set_offset(scores)
-        self._held_out = HeldOutScores(digests, scores)
+        self._set_threshold(digests, scores)
         return self
-
-    def score_samples(self, X: Any) -> NDArray[np.float64]:
-        """Score images by their distance from the normal ones.
-
-        Parameters
-        ----------
-        X : array-like or sequence of paths
-            Images, in any form that `fit` takes.
-
-        Returns
-        -------
-        ndarray of float64, shape (n_samples,)
-            Minus the (sum of) Mahalanobis distances: 0 at most, higher = more normal;
-            NaN for files skipped by ``on_error="skip"``.
-        """
-        inputs = self._check_inputs(X)
-        scores = np.full(len(inputs), np.nan)
-        for index, features in self._features(inputs):
-            scores[index] = self._held_out.score(features, self._score)
-        return scores
 
     def _score(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
         parts = self._by_part(features)

@@ -29,8 +29,7 @@ from torch.nn import functional as F
 
 from ..backbones._backbone import Versions
 from ..backbones._pretrained import read_tensors
-from ..base import AnomalyDetector, draw_seed, keep_state_on_error, known_normal
-from ..features import BackboneEstimator
+from ..base import draw_seed, keep_state_on_error, known_normal
 from ..fisher import check_classes, mean_squared_gradients, sampled_loss
 from ..inference import (
     FeaturePass,
@@ -43,9 +42,9 @@ from ..inference import (
 from ..inputs import Vectors, chunks
 from ..objectives import compactness, elastic_penalty, outlier_exposure
 from ..scorers import CentroidScorer, KMeansScorer, KNNScorer
-from ..scorers._base import HeldOutScores, Scorer, row_digests
+from ..scorers._base import Scorer, row_digests
 from ..training import DivergedError, shuffled_batches, train
-from ._held_out import as_unseen, hold_out
+from ._base import BackboneDetector, as_unseen, hold_out
 
 SCORERS = {"knn": KNNScorer, "kmeans": KMeansScorer, "centroid": CentroidScorer}
 ADAPTATIONS = {"early_stopping", "ses", "ewc", "joint", "outlier_exposure"}
@@ -168,8 +167,7 @@ class Adaptation:
 class PANDAEstimator(
     ClassNamePrefixFeaturesOutMixin,
     TransformerMixin,
-    AnomalyDetector,
-    BackboneEstimator,
+    BackboneDetector,
 ):
     """PANDA: pretrained features, adapted to the normal images without collapse.
 
@@ -351,8 +349,7 @@ None, default="ewc"
     """
 
     _parameter_constraints = {  # noqa: RUF012
-        **BackboneEstimator._parameter_constraints,
-        **AnomalyDetector._parameter_constraints,
+        **BackboneDetector._parameter_constraints,
         "adaptation": [StrOptions(ADAPTATIONS), None],
         "trainable_stages": [str, tuple, list, None],
         "normalize": ["boolean"],
@@ -806,8 +803,7 @@ None, default="ewc"
             if unseen:
                 scores[held_out] = self._combine(unseen)
             scores[~held_out] = as_unseen(scores[~held_out], scores[held_out])
-        self._set_offset(scores)
-        self._held_out = HeldOutScores(row_digests(features), scores)
+        self._set_threshold(row_digests(features), scores)
 
     def _by_version(self, features: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         """Part features by checkpoint; of unit length where so wanted."""
@@ -832,28 +828,6 @@ None, default="ewc"
             return scores[0]
         ratios = [s / typical for s, typical in zip(scores, self._typical, strict=True)]
         return (np.min if self.adaptation == "ses" else np.mean)(ratios, axis=0)
-
-    def score_samples(self, X: Any) -> NDArray[np.float64]:
-        """Score images by their distance from the normal ones, in adapted features.
-
-        Parameters
-        ----------
-        X : array-like or sequence of paths
-            Images, in any form that `fit` takes.
-
-        Returns
-        -------
-        ndarray of float64, shape (n_samples,)
-            Minus the distance, so that higher = more normal; where there are several
-            checkpoints, minus the mean of distance / typical distance over them, or
-            minus the largest of these for "ses". For "outlier_exposure", minus the
-            logit of being an outlier. NaN for files skipped by ``on_error="skip"``.
-        """
-        inputs = self._check_inputs(X)
-        scores = np.full(len(inputs), np.nan)
-        for index, features in self._features(inputs):
-            scores[index] = self._held_out.score(features, self._score)
-        return scores
 
     def transform(self, X: Any) -> NDArray[np.float32]:
         """Give the adapted features.

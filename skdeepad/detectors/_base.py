@@ -1,0 +1,93 @@
+"""What the detectors share: scores, and images that are not trained on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..base import AnomalyDetector
+from ..features import BackboneEstimator
+from ..scorers._base import HeldOutScores
+
+ENOUGH = 20  # held-out samples, where a tenth would be fewer and there are 60
+
+
+class BackboneDetector(AnomalyDetector, BackboneEstimator):
+    """Base of the detectors: each image's score follows from its features.
+
+    A subclass defines ``_score(features)``; its `fit` ends in `_set_threshold`.
+    """
+
+    _parameter_constraints = {  # noqa: RUF012
+        **BackboneEstimator._parameter_constraints,
+        **AnomalyDetector._parameter_constraints,
+    }
+
+    def _score(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
+        raise NotImplementedError
+
+    def _set_threshold(
+        self, digests: NDArray[np.uint64], scores: NDArray[np.float64]
+    ) -> None:
+        """Set the threshold by scores of training images as if they were new."""
+        self._set_offset(scores)
+        self._held_out = HeldOutScores(digests, scores)
+
+    def score_samples(self, X: Any) -> NDArray[np.float64]:
+        """Score images; the higher, the more normal.
+
+        Parameters
+        ----------
+        X : array-like or sequence of paths
+            Images, in any form that `fit` takes.
+
+        Returns
+        -------
+        ndarray of float64, shape (n_samples,)
+            Minus the anomaly score that the class describes; NaN for files skipped by
+            ``on_error="skip"``. An image that was trained on gets the score that it
+            would have as a new one.
+        """
+        inputs = self._check_inputs(X)
+        scores = np.full(len(inputs), np.nan)
+        for index, features in self._features(inputs):
+            scores[index] = self._held_out.score(features, self._score)
+        return scores
+
+
+def hold_out(n: int, fraction: float, rng: np.random.RandomState) -> NDArray[np.bool_]:
+    """Choose the samples that are not trained on.
+
+    Parameters
+    ----------
+    n : int
+        How many samples there are.
+    fraction : float
+        The share to hold out; at least 20 samples, or a third of fewer than 60.
+    rng : numpy.random.RandomState
+        Chooses them.
+
+    Returns
+    -------
+    ndarray of bool, shape (n,)
+    """
+    n_held_out = max(int(np.ceil(fraction * n)), min(ENOUGH, n // 3))
+    held_out = np.zeros(n, dtype=bool)
+    held_out[rng.permutation(n)[:n_held_out]] = True
+    return held_out
+
+
+def as_unseen(
+    trained: NDArray[np.float64], unseen: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Bring scores of samples that were trained on to the level of unseen ones.
+
+    Training draws its samples nearer than it draws new ones, which would put the
+    threshold too near. Distances are stretched, other scores are shifted, until the
+    means agree.
+    """
+    if trained.max() <= 0 and unseen.max() <= 0 and trained.mean() < 0:
+        return trained * (unseen.mean() / trained.mean())
+    return trained + (unseen.mean() - trained.mean())
