@@ -34,7 +34,7 @@ from ._base import BackboneDetector, as_unseen, hold_out
 
 N_STAGES = 4  # the paper's "last four max-pooling layers"
 LOCALIZATIONS = {"discrepancy", "gradient", "smoothgrad", "guided_backprop"}
-ALIKE = 1e-6  # variance, below which a channel counts as constant
+RARE = 0.01  # of a stage's mean variance: channels that vary less are not blown up
 WINDOW = 100  # steps over which losses are compared
 
 
@@ -556,15 +556,14 @@ default="discrepancy"
                 mean = torch.cat([(m**power).mean(dim=2) for m in maps], dim=1)
                 moments[index, k] = mean.numpy()
         readable = ~np.isnan(moments).any(axis=(1, 2))
-        mean, square = moments[readable].mean(axis=0, dtype=np.float64)
-        if not self.standardize:
-            mean, square = np.zeros_like(mean), np.ones_like(mean)
-        variance = np.maximum(square - mean**2, 0)
-        scale = np.sqrt(np.where(variance > ALIKE, variance, 1))
-        means, scales = (
-            list(torch.from_numpy(values.astype(np.float32)).split(widths))
-            for values in (mean, scale)
-        )
+        average = torch.from_numpy(moments[readable].mean(axis=0, dtype=np.float64))
+        means, scales = [], []
+        for mean, square in zip(*(m.split(widths) for m in average), strict=True):
+            variance = (square - mean**2).clamp(min=0)
+            variance = variance.clamp(min=RARE * float(variance.mean()))
+            varies = self.standardize and float(variance.max()) > 0
+            means.append(mean.float() if varies else torch.zeros(len(mean)))
+            scales.append(variance.sqrt().float() if varies else torch.ones(len(mean)))
         return means, scales, readable
 
     def _make_cloner(self, shapes: list[tuple[int, ...]], seed: int) -> nn.Module:
