@@ -55,19 +55,23 @@ STUDIES: dict[str, dict[str, tuple[dict[str, Any], float | None]]] = {
         "equal": ({"cloner": "equal"}, 85.58),
     },
 }
-# on Fashion-MNIST: settings of one_vs_rest; the paper has CIFAR-10 (layers: MNIST)
-FASHION: dict[str, dict[str, tuple[list[str], float | None]]] = {
+# on Fashion-MNIST: detector and settings of one_vs_rest; the paper has CIFAR-10
+# (layers: MNIST)
+FASHION: dict[str, dict[str, tuple[str, list[str], float | None]]] = {
     "layers": {
-        "last": (["stages=stage7"], 95.33),
-        "last two": (["stages=stage6,stage7"], 97.74),
-        "last four": ([], 98.71),
+        "last": ("kd-cloner", ["stages=stage7"], 95.33),
+        "last two": ("kd-cloner", ["stages=stage6,stage7"], 97.74),
+        "last four": ("kd-cloner", [], 98.71),
     },
     "loss": {
-        "value": (["loss=value"], 70.16),
-        "direction": (["loss=direction"], 87.48),
-        "total": ([], 87.18),
+        "value": ("kd-cloner", ["loss=value"], 70.16),
+        "direction": ("kd-cloner", ["loss=direction"], 87.48),
+        "total": ("kd-cloner", [], 87.18),
     },
-    "cloner": {"compact": ([], 87.18), "equal": (["cloner=equal"], 86.87)},
+    "cloner": {
+        "compact": ("kd-cloner", [], 87.18),
+        "equal": ("kd-cloner", ["cloner=equal"], 86.87),
+    },
 }
 LOCALIZATIONS = {  # the paper's figures on MVTec AD: smoothed, as it comes
     "discrepancy": (None, None),
@@ -132,10 +136,10 @@ def print_row(name: str, row: dict[str, Any], published: float | None) -> None:
     )
 
 
-def print_heads(paper: str) -> None:
+def print_heads() -> None:
     print(
         f"{'':32}{'image':>8}{'pixel':>8}{'AUPRO':>8}{'alarms':>10}{'fit s':>9}"
-        f"{'map s':>9}{paper:>9}"
+        f"{'map s':>9}{'paper':>9}"
     )
 
 
@@ -161,7 +165,7 @@ def run_textures(sizes: list[int], settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_study(study: str, told: dict[str, Any]) -> None:
-    print_heads("paper")
+    print_heads()
     found = {}
     for name, (settings, published) in STUDIES[study].items():
         found[name] = run_textures([64], settings) | {"published": published}
@@ -170,7 +174,7 @@ def run_study(study: str, told: dict[str, Any]) -> None:
 
 
 def run_localization(told: dict[str, Any]) -> None:
-    print_heads("paper")
+    print_heads()
     by_row: dict[str, list[dict[str, Any]]] = {}
     for texture in TEXTURES:
         data = load(texture, 64)
@@ -191,21 +195,6 @@ def run_localization(told: dict[str, Any]) -> None:
             found[key]["published"] = figure
             print_row(key, found[key]["mean"], figure)
     write_json("kd_cloner-localization-textures", {"rows": found, "environment": told})
-
-
-def run_fashion_mnist(study: str, arguments: list[str]) -> None:
-    rows = {}
-    for name, (settings, published) in FASHION[study].items():
-        print(f"\n{name}", flush=True)
-        content = one_vs_rest.main(
-            ["--dataset", "fashion-mnist", "--detector", "kd-cloner", *arguments]
-            + ["--suffix", f"{study}-{name.replace(' ', '_')}"]
-            + (["--set", *settings] if settings else [])
-        )
-        rows[name] = content["mean"]["auroc"]["mean"], published
-    print(f"\n{study:32}{'AUROC':>8}{'paper':>8}")
-    for name, (auroc, published) in rows.items():
-        print(f"{name:32}{auroc:8.2f}{published or '':>8}")
 
 
 def draw_pictures() -> None:
@@ -245,13 +234,13 @@ def main() -> None:
     )
     args, arguments = parser.parse_known_args()
     if args.fashion_mnist:
-        run_fashion_mnist(args.study, arguments)
+        one_vs_rest.run_study(args.study, FASHION[args.study], arguments)
         return
     told = environment()
     if args.study == "pictures":
         draw_pictures()
     elif args.study == "textures":
-        print_heads("paper")
+        print_heads()
         content = run_textures([64, 128], {})
         print_row("mean", content["mean"], 87.74)
         write_json("kd_cloner-textures", {**content, "environment": told})

@@ -324,5 +324,27 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     return content
 
 
+def run_study(
+    study: str,
+    rows: dict[str, tuple[str, list[str], float | None]],
+    arguments: list[str],
+) -> None:
+    """Run each row of a paper's table: its detector, settings and published figure."""
+    found = {}
+    for name, (detector, settings, published) in rows.items():
+        print(f"\n{name}", flush=True)
+        suffix = f"{study}-{name.replace(' ', '_').replace(',', '')}"
+        content = main(
+            ["--dataset", "fashion-mnist", "--detector", detector]
+            + ["--suffix", suffix, *arguments]
+            + (["--set", *settings] if settings else [])
+        )
+        found[name] = content["mean"]["auroc"], published
+    print(f"\n{study:32}{'AUROC':>8}{'':8}{'paper':>8}")
+    for name, (auroc, published) in found.items():
+        std = "" if auroc["std"] is None else f" ± {auroc['std']:.2f}"
+        print(f"{name:32}{auroc['mean']:8.2f}{std:8}{published or '':>8}")
+
+
 if __name__ == "__main__":
     main()

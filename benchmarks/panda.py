@@ -124,26 +124,6 @@ def pretraining_images(n: int = 512, size: int = 28) -> tuple[Any, Any]:
         return images, network(larger).argmax(dim=1).numpy()
 
 
-def run_study(study: str, only: list[str] | None, arguments: list[str]) -> None:
-    rows = {}
-    for name, (detector, settings, published) in STUDIES[study].items():
-        if only is not None and name not in only:
-            continue
-        print(f"\n{name}", flush=True)
-        suffix = f"{study}-{name.replace(' ', '_').replace(',', '')}"
-        content = one_vs_rest.main(
-            ["--dataset", "fashion-mnist", "--detector", detector]
-            + ["--suffix", suffix, *arguments]
-            + (["--validate"] if study == "budget" else [])
-            + (["--set", *settings] if settings else [])
-        )
-        rows[name] = content["mean"]["auroc"], published
-    print(f"\n{study:32}{'AUROC':>8}{'':8}{'paper':>8}")
-    for name, (auroc, published) in rows.items():
-        std = "" if auroc["std"] is None else f" ± {auroc['std']:.2f}"
-        print(f"{name:32}{auroc['mean']:8.2f}{std:8}{published or '':>8}")
-
-
 def svm_auroc(nu: float, gamma: float, X: Any, X_test: Any, y_test: Any) -> float:
     scores = OneClassSVM(nu=nu, gamma=gamma).fit(X).score_samples(X_test)
     return 100 * roc_auc_score(y_test, scores)
@@ -186,7 +166,10 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         if "--memory" not in arguments:
             arguments += ["--memory", folder]
-        run_study(args.study, args.rows, arguments)
+        arguments += ["--validate"] if args.study == "budget" else []
+        rows = STUDIES[args.study]
+        chosen = {name: rows[name] for name in rows if name in (args.rows or rows)}
+        one_vs_rest.run_study(args.study, chosen, arguments)
 
 
 if __name__ == "__main__":

@@ -154,11 +154,6 @@ class FeaturePass:
         outputs = network.forward_stages(x, self.stages)
         return [pool(outputs[name], self.grid) for name in self.stages]
 
-    def row(self, inputs: Vectors) -> tuple[Any, tuple[int, ...]]:
-        """Measure the dtype and shape of one sample's output."""
-        output = self.run(torch.zeros(1, *self.sample_shape(inputs)))
-        return output.dtype, output.shape[1:]
-
     def key(self) -> str:
         """Name this pass: the same name, the same features."""
         told = (
@@ -180,6 +175,11 @@ class TrunkPass(FeaturePass):
         for name in self.stages:
             x = network.stages[name](x)
         return [x]
+
+    def row(self, inputs: Vectors) -> tuple[Any, tuple[int, ...]]:
+        """Measure the dtype and shape of one sample's output."""
+        output = self.run(torch.zeros(1, *self.sample_shape(inputs)))
+        return output.dtype, output.shape[1:]
 
 
 class TapPass(FeaturePass):

@@ -87,6 +87,16 @@ class Backbone(nn.Module):
         """Names of the stages, first to last."""
         return tuple(self.stages)
 
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """Names of the stages that do not restate the one before.
+
+        "pool" averages it, "conv_head" widens it; all, if there are no others.
+        """
+        restating = {"pool", "conv_head"}
+        blocks = tuple(name for name in self.stages if name not in restating)
+        return blocks or self.stage_names
+
     def normalize(self, x: Tensor) -> Tensor:
         """Give images in [0, 1] the channels and the scale that training had."""
         if self.vectors:

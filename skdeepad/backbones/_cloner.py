@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
@@ -96,13 +97,13 @@ def make_cloner(
             )
         width = output.shape[1] if compared or not compact else COMPACT
         hidden = COMPACT if compact else width
-        rectified = not compared or not (signed or output.min() < 0)
         depth = min(max(_count_layers(source.stages[name]), 1 + compared), MOST)
         widths = [x.shape[1], *[hidden] * (depth - 1), width]
-        block = _make_block(x, output, widths, _last_max_pooling(source.stages[name]))
-        if rectified:
-            # before the pooling, as in the stage
-            block.insert(len(block) - isinstance(block[-1], nn.MaxPool2d), nn.ReLU())
+        pooling = _last_max_pooling(source.stages[name])
+        block = _make_block(x, output, widths, pooling)
+        if not compared or not (signed or output.min() < 0):
+            block.append(nn.ReLU())
+        block.extend(pooling)
         with torch.inference_mode():
             x = block.eval()(x)
             if x.shape[2:] != output.shape[2:]:  # the stage does not pad its maps
@@ -119,7 +120,7 @@ def make_cloner(
 def _make_block(
     x: Tensor, output: Tensor, widths: list[int], pooling: list[nn.MaxPool2d]
 ) -> nn.Sequential:
-    """Make layers of these widths from one shape to the other."""
+    """Make layers of these widths from one shape to the other, but for the pooling."""
     maps = output.ndim == 4
     block = nn.Sequential()
     if x.ndim == 4 and not maps:
@@ -140,7 +141,7 @@ def _make_block(
             block.append(_convolution(channels, out, strides if i == 0 else (1, 1)))
         else:
             block.append(nn.Linear(channels, out, bias=False))
-    return block.extend(pooling)
+    return block
 
 
 def _convolution(channels: int, out: int, strides: tuple[int, int]) -> nn.Conv2d:
@@ -160,6 +161,6 @@ def _count_layers(stage: nn.Module) -> int:
 
 
 def _last_max_pooling(stage: nn.Module) -> list[nn.MaxPool2d]:
-    """Give the max-pooling that a stage ends in, as VGG's do."""
+    """Copy the max-pooling that a stage ends in, as VGG's do."""
     last = list(stage.children())[-1:]
-    return [m for m in last if isinstance(m, nn.MaxPool2d)]
+    return [copy.deepcopy(m) for m in last if isinstance(m, nn.MaxPool2d)]

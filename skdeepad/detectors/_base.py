@@ -25,6 +25,13 @@ class BackboneDetector(AnomalyDetector, BackboneEstimator):
         **AnomalyDetector._parameter_constraints,
     }
 
+    def _check_enough(self, n: int, minimum: int = 2) -> None:
+        if n < minimum:
+            raise ValueError(
+                f"Found {n} normal sample(s) (n_samples={n}) while a minimum of "
+                f"{minimum} is required by {type(self).__name__}."
+            )
+
     def _score(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
         raise NotImplementedError
 

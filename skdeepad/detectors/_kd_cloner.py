@@ -94,9 +94,7 @@ class SourceAndCloner(Backbone):
 
     def imitate(self, x: Tensor) -> list[Tensor]:
         """Give the cloner's activations, from samples as the source sees them."""
-        outputs = self.stages["cloner"](x)
-        if isinstance(outputs, Mapping):
-            outputs = [outputs[name] for name in self.compared]
+        outputs = in_order(self.stages["cloner"](x), self.compared)
         return [a.float() for a in outputs]
 
     def activations(self, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -111,6 +109,13 @@ class SourceAndCloner(Backbone):
         """Give the value and the direction loss of the named stages."""
         pairs = self.activations(x)
         return {name: losses(*pairs[name]) for name in names}
+
+
+def in_order(outputs: Any, stages: tuple[str, ...]) -> Iterable[Tensor]:
+    """Give what a cloner returned, a sequence or a mapping, in the stages' order."""
+    return (
+        [outputs[name] for name in stages] if isinstance(outputs, Mapping) else outputs
+    )
 
 
 def per_channel(values: Tensor, like: Tensor) -> Tensor:
@@ -453,9 +458,7 @@ default="discrepancy"
         return cls(**{**paper, **changes})
 
     def _default_stages(self, backbone: Backbone) -> Iterable[str]:
-        restating = {"pool", "conv_head"}  # of what the stage before them gives
-        names = [name for name in backbone.stage_names if name not in restating]
-        return names[-N_STAGES:] or backbone.stage_names
+        return backbone.block_names[-N_STAGES:]
 
     @keep_state_on_error
     @_fit_context(prefer_skip_nested_validation=True)
@@ -491,23 +494,20 @@ default="discrepancy"
         rng = check_random_state(self.random_state)
         self.score_stages_ = self._check_score_stages()
         taps = TapPass(**vars(self._feature_pass()))
-        self._sample_shape = taps.sample_shape(inputs)
+        sample_shape = taps.sample_shape(inputs)
         augment = self._augmentation(draw_seed(rng))
         outputs = PassOutputs(taps, inputs, self.max_cache_bytes, augment)
-        shapes = self._tap_shapes()
+        shapes = self._tap_shapes(sample_shape)
         means, scales, readable = self._measure(outputs, shapes)
         rows = np.flatnonzero(readable)
-        if len(rows) < 2:
-            raise ValueError(
-                f"Found {len(rows)} normal sample(s) (n_samples={len(rows)}) while a "
-                f"minimum of 2 is required by {type(self).__name__}."
-            )
+        self._check_enough(len(rows))
         held_out = hold_out(len(rows), self.validation_fraction, rng)
-        cloner = self._make_cloner(shapes, draw_seed(rng))
+        cloner = self._make_cloner(sample_shape, shapes, draw_seed(rng))
         network = SourceAndCloner(self.backbone_, cloner, self.stages_, means, scales)
         self._train(network, outputs, shapes, rows[~held_out], rng)
         self._network, self.cloner_ = network, network.stages["cloner"]
         self._widths = [2] * len(self.stages_)
+        self._has_maps = any(len(shape) == 3 for shape in shapes[1:])
         self._learn_threshold(self._all_features(inputs)[rows], held_out)
         self._noise_seed = draw_seed(rng)
         return self
@@ -532,9 +532,9 @@ default="discrepancy"
             raise ValueError("rotation and scaling are for images; X holds vectors.")
         return Augmentation(self.rotation, (low, high), seed)
 
-    def _tap_shapes(self) -> list[tuple[int, ...]]:
+    def _tap_shapes(self, sample_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
         """Measure a sample as the source sees it, and what its stages make of it."""
-        sample = torch.zeros(1, *self._sample_shape)
+        sample = torch.zeros(1, *sample_shape)
         with torch.inference_mode():
             outputs = self.backbone_.forward_stages(sample, self.stages_)
         first = self.backbone_.normalize(sample)
@@ -566,7 +566,9 @@ default="discrepancy"
             scales.append(variance.sqrt().float() if varies else torch.ones(len(mean)))
         return means, scales, readable
 
-    def _make_cloner(self, shapes: list[tuple[int, ...]], seed: int) -> nn.Module:
+    def _make_cloner(
+        self, sample_shape: tuple[int, ...], shapes: list[tuple[int, ...]], seed: int
+    ) -> nn.Module:
         """Make the cloner, or copy the given one, and check what it gives."""
         made: Any = self.cloner
         with torch.random.fork_rng(devices=[]):
@@ -575,7 +577,7 @@ default="discrepancy"
                 return make_cloner(
                     self.backbone_,
                     self.stages_,
-                    self._sample_shape,
+                    sample_shape,
                     compact=made == "compact",
                     signed=self.standardize,
                 )
@@ -589,9 +591,7 @@ default="discrepancy"
         made = copy.deepcopy(made).float().requires_grad_(True).eval()
         try:
             with torch.inference_mode():
-                outputs = made(torch.zeros(2, *shapes[0]))
-            if isinstance(outputs, Mapping):
-                outputs = [outputs[name] for name in self.stages_]
+                outputs = in_order(made(torch.zeros(2, *shapes[0])), self.stages_)
             given = [tuple(output.shape[1:]) for output in outputs]
         except (RuntimeError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(
@@ -715,12 +715,12 @@ default="discrepancy"
         Raises
         ------
         ValueError
-            If X holds vectors, or if no scored stage has maps.
+            If X holds vectors, or if no stage has maps.
         """
         inputs = self._check_inputs(X)
         if self.image_size_ is None:
             raise ValueError("anomaly_map is for images; the backbone takes vectors.")
-        if not any(len(shape) == 3 for shape in self._tap_shapes()[1:]):
+        if not self._has_maps:
             raise ValueError(
                 f"stages={self.stages_} have no maps; choose earlier ones."
             )

@@ -183,10 +183,7 @@ estimator, default="ledoit_wolf"
         self.verbose = verbose
 
     def _default_stages(self, backbone: Backbone) -> Iterable[str]:
-        # "pool" averages the stage before it, "conv_head" widens it
-        restating = {"pool", "conv_head"}
-        names = [name for name in backbone.stage_names if name not in restating]
-        return names[-N_STAGES:] or backbone.stage_names
+        return backbone.block_names[-N_STAGES:]
 
     @keep_state_on_error
     @_fit_context(prefer_skip_nested_validation=True)
@@ -273,11 +270,7 @@ estimator, default="ledoit_wolf"
             inputs = inputs.take(normal)
         features = self._all_features(inputs, fitting=True)
         features = features[~np.isnan(features).any(axis=1)]  # skipped files
-        if len(features) < minimum:
-            raise ValueError(
-                f"Found {len(features)} normal sample(s) (n_samples={len(features)}) "
-                f"while a minimum of {minimum} is required by {type(self).__name__}."
-            )
+        self._check_enough(len(features), minimum)
         return features
 
     def _new_gaussians(self) -> list[GaussianScorer]:

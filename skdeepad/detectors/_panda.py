@@ -538,11 +538,7 @@ None, default="ewc"
         features = self._gather(self._run_versions(first), len(inputs))
         readable = ~np.isnan(features).any(axis=1)
         rows = np.flatnonzero(normal & readable)
-        if len(rows) < 2:
-            raise ValueError(
-                f"Found {len(rows)} normal sample(s) (n_samples={len(rows)}) while a "
-                f"minimum of 2 is required by {type(self).__name__}."
-            )
+        self._check_enough(len(rows))
         held_out = self._hold_out(len(rows), rng)
         self._logit: nn.Linear | None = None
         self.loss_curve_ = np.empty(0)
@@ -579,8 +575,7 @@ None, default="ewc"
         """Copy the stages from the first trained one on, ready to be trained."""
         names = self.backbone_.stage_names
         if self.trainable_stages is None:
-            blocks = [name for name in names if name not in ("pool", "conv_head")]
-            first = names.index((blocks or names)[-2:][0])
+            first = names.index(self.backbone_.block_names[-2:][0])
             chosen = [name for name in names[first:] if name != "pool"]
             self.trained_stages_ = tuple(chosen or names)
         else:

@@ -51,11 +51,13 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
 
 def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """Look up the height and width of an image file that can be read."""
-    from PIL import Image, ImageOps
+    from PIL import ExifTags, Image
 
     with Image.open(path) as file:
-        width, height = ImageOps.exif_transpose(file).size
-    return height, width
+        width, height = file.size
+        orientation = file.getexif().get(ExifTags.Base.Orientation)
+    lying = orientation in (5, 6, 7, 8)  # stored on its side
+    return (width, height) if lying else (height, width)
 
 
 def _to_pixels(image: Any) -> tuple[np.ndarray, float]:
