@@ -32,6 +32,7 @@ from sklearn.utils import Bunch
 from skdeepad import (
     BackboneFeatures,
     CentroidScorer,
+    DeepSVDD,
     GaussianScorer,
     KDClonerEstimator,
     KMeansScorer,
@@ -55,6 +56,7 @@ DETECTORS: dict[str, Callable[..., Any]] = {
     "mahalanobis": MahalanobisFeatureScorer,
     "panda": PANDAEstimator,
     "kd-cloner": KDClonerEstimator,
+    "deep-svdd": DeepSVDD,
     "knn": behind_features(KNNScorer),
     "cosine-knn": behind_features(lambda: KNNScorer(metric="cosine")),
     "kmeans": behind_features(KMeansScorer),

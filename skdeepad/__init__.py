@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .detectors import (
+        DeepSAD,
+        DeepSVDD,
+        HSCClassifier,
         KDClonerEstimator,
         MahalanobisFeatureScorer,
         PANDAEstimator,
@@ -24,7 +27,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "BackboneFeatures": "features",
     "CentroidScorer": "scorers",
+    "DeepSAD": "detectors",
+    "DeepSVDD": "detectors",
     "GaussianScorer": "scorers",
+    "HSCClassifier": "detectors",
     "KDClonerEstimator": "detectors",
     "KMeansScorer": "scorers",
     "KNNScorer": "scorers",
@@ -48,7 +54,10 @@ _MODULES = frozenset(
 __all__ = [
     "BackboneFeatures",
     "CentroidScorer",
+    "DeepSAD",
+    "DeepSVDD",
     "GaussianScorer",
+    "HSCClassifier",
     "KDClonerEstimator",
     "KMeansScorer",
     "KNNScorer",

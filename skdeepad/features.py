@@ -77,7 +77,7 @@ class BackboneEstimator(CallbackSupportMixin, BaseEstimator):
         shape = inputs.shape
         name = self.backbone
         if isinstance(name, str) and name == "auto":
-            name = "mlp" if vectors else "efficientnet_lite0"
+            name = self._auto_backbone(shape)
         seed = draw_seed(check_random_state(self.random_state))
         self.backbone_ = load_backbone(
             name,
@@ -99,6 +99,11 @@ class BackboneEstimator(CallbackSupportMixin, BaseEstimator):
         task = self._feature_pass()
         self._widths = task.widths(task.sample_shape(inputs))
         return inputs
+
+    def _auto_backbone(self, shape: tuple[int, ...] | None) -> str:
+        """Name what "auto" stands for, for samples of this shape (None: files)."""
+        vectors = shape is not None and len(shape) == 1
+        return "mlp" if vectors else "efficientnet_lite0"
 
     def _takes_vectors(self) -> bool | None:
         if isinstance(self.backbone, Backbone):

@@ -195,6 +195,40 @@ class TapPass(FeaturePass):
         return [value.float().flatten(1) for value in values]
 
 
+@dataclass(frozen=True)
+class JunctionPass(FeaturePass):
+    """One pass of the frozen stages of a backbone, whose last ones are trained.
+
+    All in one row: what `frozen`, the first stages, make of the sample (the sample
+    as the first stage sees it, if there are none), if it is `handed_on`; and the
+    features of those of them that are among `stages`.
+    """
+
+    frozen: tuple[str, ...]
+    handed_on: bool
+
+    def _outputs(self, network: Backbone, x: Tensor) -> list[Tensor]:
+        outputs = []
+        x = network.normalize(x)
+        for name in self.frozen:
+            x = network.stages[name](x)
+            if name in self.stages:
+                outputs.append(pool(network.as_map(x), self.grid))
+        return [x.float().flatten(1), *outputs] if self.handed_on else outputs
+
+    def key(self) -> str:
+        """Name this pass: the same name, the same rows."""
+        return f"{super().key()}-{len(self.frozen)}-{self.handed_on}"
+
+    def junction_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Give the shape of what is handed on, for a sample of this shape."""
+        with torch.inference_mode():
+            x = self.backbone.normalize(torch.zeros(1, *shape))
+            for name in self.frozen:
+                x = self.backbone.stages[name](x)
+        return x.shape[1:]
+
+
 class PassOutputs:
     """What a pass of frozen stages makes of the training samples.
 
@@ -314,9 +348,10 @@ def fold_batchnorm(backbone: Backbone) -> Backbone:
                 changed = True
     if not changed:
         return folded
-    size = backbone.input_size or (64, 64)
-    generator = torch.Generator().manual_seed(0)
-    sample = torch.rand(1, backbone.in_channels or 3, *size, generator=generator)
+    shape: tuple[int, ...] = (backbone.in_channels or 3,)
+    if not backbone.vectors:
+        shape = (*shape, *(backbone.input_size or (64, 64)))
+    sample = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0))
     try:
         with torch.inference_mode():
             names = backbone.stage_names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,3 +76,33 @@ def shuffled_batches(
     while True:
         order = rng.permutation(index)
         yield from (order[i : i + batch_size] for i in range(0, len(order), batch_size))
+
+
+def balanced_batches(
+    normal: NDArray[np.intp],
+    outliers: NDArray[np.intp],
+    batch_size: int,
+    rng: np.random.RandomState,
+) -> Iterator[NDArray[np.intp]]:
+    """Give mini-batches of normal samples, each followed by as many outliers.
+
+    Parameters
+    ----------
+    normal, outliers : ndarray of int
+        The samples. Each are shuffled once all of them were given, so that few
+        outliers, or one, come over and over.
+    batch_size : int
+        How many normal samples are given at once.
+    rng : numpy.random.RandomState
+        Shuffles them.
+
+    Yields
+    ------
+    ndarray of int
+        Some of `normal`, then some of `outliers` (if there are any), and so on.
+    """
+    each = shuffled_batches(outliers, 1, rng)
+    for batch in shuffled_batches(normal, batch_size, rng):
+        yield batch
+        if len(outliers):
+            yield np.concatenate([*islice(each, len(batch))])

@@ -134,12 +134,13 @@ class Backbone(nn.Module):
         for name, stage in self.stages.items():
             x = stage(x)
             if name in wanted:
-                outputs[name] = self._as_map(x)
+                outputs[name] = self.as_map(x)
             if len(outputs) == len(wanted):
                 break
         return outputs
 
-    def _as_map(self, output: Tensor) -> Tensor:
+    def as_map(self, output: Tensor) -> Tensor:
+        """Lay a stage's output out as ``(n, channels, height, width)``."""
         return self.to_map(output) if self.to_map and output.ndim > 2 else output
 
     def forward(self, x: Tensor) -> Tensor:
@@ -215,8 +216,7 @@ class Versions(Backbone):
     def forward_stages(self, x: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
         """Run the named versions."""
         return {
-            name: self._as_map(self.stages[name](x))
-            for name in self.check_stages(names)
+            name: self.as_map(self.stages[name](x)) for name in self.check_stages(names)
         }
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from functools import partial
 from itertools import pairwise
 
-from torch import nn
+from torch import Tensor, nn
 
 from ._backbone import Backbone
 
@@ -23,50 +24,80 @@ def make_mlp(n_features: int) -> Backbone:
     )
 
 
-def make_mnist_lenet(channels: int) -> Backbone:
-    """LeNet of Deep SAD and HSC for 28-pixel images: 16 and 32 filters, 32 outputs."""
-    stages = OrderedDict(
-        stage1=_conv(channels, 16),
-        stage2=_conv(16, 32),
-        fc1=nn.Sequential(
-            nn.Flatten(),
-            nn.Linear(32 * 7 * 7, 64),
-            nn.BatchNorm1d(64, eps=1e-4),
+def make_lenet(
+    channels: int, size: int, filters: tuple[int, ...], widths: tuple[int, ...]
+) -> Backbone:
+    """Convolutions with max-pooling, a stage each, and linear layers, a stage each."""
+    stages: OrderedDict[str, nn.Module] = OrderedDict()
+    for i, pair in enumerate(pairwise((channels, *filters)), 1):
+        stages[f"stage{i}"] = nn.Sequential(
+            nn.Conv2d(*pair, 5, padding=2),
+            nn.BatchNorm2d(pair[1], eps=1e-4),
             nn.LeakyReLU(),
-        ),
-        fc2=nn.Linear(64, 32),
-    )
-    return Backbone(stages, input_size=(28, 28), in_channels=channels)
+            nn.MaxPool2d(2),
+        )
+    side = size // 2 ** len(filters)
+    for i, (width, out) in enumerate(pairwise((filters[-1] * side**2, *widths)), 1):
+        layers: list[nn.Module] = [nn.Flatten()] if i == 1 else []
+        layers.append(nn.Linear(width, out))
+        if i < len(widths):
+            layers += [nn.BatchNorm1d(out, eps=1e-4), nn.LeakyReLU()]
+        stages[f"fc{i}"] = nn.Sequential(*layers)
+    return Backbone(stages, input_size=(size, size), in_channels=channels)
 
 
-def make_cifar10_lenet(channels: int) -> Backbone:
-    """LeNet of HSC for 32-pixel images: 32, 64, 128 filters, 256 outputs."""
-    stages = OrderedDict(
-        stage1=_conv(channels, 32),
-        stage2=_conv(32, 64),
-        stage3=_conv(64, 128),
-        fc1=nn.Sequential(
-            nn.Flatten(),
-            nn.Linear(128 * 4 * 4, 512),
-            nn.BatchNorm1d(512, eps=1e-4),
-            nn.LeakyReLU(),
-        ),
-        fc2=nn.Linear(512, 256),
-    )
-    return Backbone(stages, input_size=(32, 32), in_channels=channels)
-
-
-def _conv(channels: int, filters: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels, filters, 5, padding=2),
-        nn.BatchNorm2d(filters, eps=1e-4),
-        nn.LeakyReLU(),
-        nn.MaxPool2d(2),
-    )
-
-
+# The networks of the official codes, with the biases that HSC's have; see
+# `without_biases` for Deep SVDD's and Deep SAD's.
 SMALL = {
     "mlp": make_mlp,
-    "mnist_lenet": make_mnist_lenet,
-    "cifar10_lenet": make_cifar10_lenet,
+    # Deep SAD and HSC on MNIST
+    "mnist_lenet": partial(make_lenet, size=28, filters=(16, 32), widths=(64, 32)),
+    # Deep SAD on Fashion-MNIST
+    "fashion_mnist_lenet": partial(
+        make_lenet, size=28, filters=(16, 32), widths=(128, 64)
+    ),
+    # HSC on CIFAR-10
+    "cifar10_lenet": partial(
+        make_lenet, size=32, filters=(32, 64, 128), widths=(512, 256)
+    ),
+    # Deep SVDD on MNIST and on CIFAR-10
+    "svdd_mnist_lenet": partial(make_lenet, size=28, filters=(8, 4), widths=(32,)),
+    "svdd_cifar10_lenet": partial(
+        make_lenet, size=32, filters=(32, 64, 128), widths=(128,)
+    ),
 }
+
+
+def biases(module: nn.Module) -> list[str]:
+    """Name the parameters that let a network give a constant whatever it sees."""
+    return [
+        name for name, _ in module.named_parameters() if name.split(".")[-1] == "bias"
+    ]
+
+
+def without_biases(backbone: Backbone) -> Backbone:
+    """Take a network's biases, and all that its normalisations learn, from it."""
+    for module in backbone.modules():
+        if getattr(module, "bias", None) is not None:
+            module.register_parameter("bias", None)
+            if not isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+                module.register_parameter("weight", None)  # as affine=False does
+    return backbone
+
+
+class ContrastNormalization(nn.Module):
+    """Global contrast normalization: each image less its mean, by its mean size.
+
+    What comes is brought to [0, 1] by the least and the greatest value that there
+    were in training, as in the official code of Deep SVDD.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = 0.0, 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(dim=(1, 2, 3), keepdim=True)
+        # an image of one colour has no contrast, and stays at 0
+        size = centred.abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
+        return (centred / size - self.low) / (self.high - self.low)

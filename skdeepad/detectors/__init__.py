@@ -1,7 +1,17 @@
 """Detectors on images: one file a method."""
 
+from ._deep_sad import DeepSAD
+from ._deep_svdd import DeepSVDD
+from ._hsc import HSCClassifier
 from ._kd_cloner import KDClonerEstimator
 from ._mahalanobis import MahalanobisFeatureScorer
 from ._panda import PANDAEstimator
 
-__all__ = ["KDClonerEstimator", "MahalanobisFeatureScorer", "PANDAEstimator"]
+__all__ = [
+    "DeepSAD",
+    "DeepSVDD",
+    "HSCClassifier",
+    "KDClonerEstimator",
+    "MahalanobisFeatureScorer",
+    "PANDAEstimator",
+]

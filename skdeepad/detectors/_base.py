@@ -40,7 +40,7 @@ class BackboneDetector(AnomalyDetector, BackboneEstimator):
     ) -> None:
         """Set the threshold by scores of training images as if they were new."""
         self._set_offset(scores)
-        self._held_out = HeldOutScores(digests, scores)
+        self._held_out: HeldOutScores | None = HeldOutScores(digests, scores)
 
     def score_samples(self, X: Any) -> NDArray[np.float64]:
         """Score images; the higher, the more normal.
@@ -60,7 +60,12 @@ class BackboneDetector(AnomalyDetector, BackboneEstimator):
         inputs = self._check_inputs(X)
         scores = np.full(len(inputs), np.nan)
         for index, features in self._features(inputs):
-            scores[index] = self._held_out.score(features, self._score)
+            held_out = self._held_out
+            scores[index] = (
+                held_out.score(features, self._score)
+                if held_out
+                else self._score(features)
+            )
         return scores
 
 

@@ -1,0 +1,532 @@
+"""Deep support vector data description (Ruff et al., 2018)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import _fit_context
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import check_random_state
+from sklearn.utils._param_validation import Interval, StrOptions
+from torch import Tensor, nn
+
+from ..backbones import Backbone
+from ..backbones._decoder import make_decoder
+from ..backbones._small import ContrastNormalization, biases, without_biases
+from ..base import draw_seed, keep_state_on_error, known_normal
+from ..inference import PassOutputs
+from ..inputs import Vectors, chunks
+from ..objectives import compactness, soft_boundary_loss
+from ..scorers._base import row_digests
+from ..training import shuffled_batches
+from ._base import as_unseen, hold_out
+from ._trained import TrainedDetector
+
+N_OUTPUTS = 32  # where the last layer of a network is not linear
+AWAY = 0.1  # from zero, for each entry of the centre
+CONTRAST = "contrast"
+
+
+class SphereDetector(TrainedDetector):
+    """Base of the detectors that draw images to a centre, with a network from scratch.
+
+    The centre is where the untrained network has them on average. A network with
+    biases could put all images there without looking at them: there are none.
+    """
+
+    _parameter_constraints = {  # noqa: RUF012
+        **TrainedDetector._parameter_constraints,
+        "contrast_normalization": ["boolean"],
+        "pretrain_steps": [Interval(Integral, 0, None, closed="left")],
+        "pretrain_weight_decay": [Interval(Real, 0, None, closed="left")],
+    }
+
+    contrast_normalization: bool
+    pretrain_steps: int
+    pretrain_weight_decay: float
+
+    def _auto_backbone(self, shape: tuple[int, ...] | None) -> str:
+        if shape is not None and len(shape) == 1:
+            return "mlp"
+        small = shape is not None and max(shape[1:]) <= 28
+        return "svdd_mnist_lenet" if small else "svdd_cifar10_lenet"
+
+    def _fit_sphere(
+        self,
+        inputs: Vectors,
+        labels: NDArray[np.intp],
+        rng: np.random.RandomState,
+    ) -> None:
+        """Train on samples labelled 0 or 1, and on anomalies (-1), if there are any."""
+        self._take_biases()
+        if self.contrast_normalization:
+            self._normalize_contrast(inputs)
+        names = [name for name in self.backbone_.stage_names if name != CONTRAST]
+        outputs = self._cut(inputs, tuple(names), rng)
+        readable, _ = self._pass_once(outputs)
+        rows = np.flatnonzero((labels >= 0) & readable)
+        anomalies = np.flatnonzero((labels < 0) & readable)
+        self._check_enough(len(rows))
+        held_out = hold_out(len(rows), self.validation_fraction, rng)
+        trained = rows[~held_out]
+        self._project(draw_seed(rng))
+        network = self._network
+        modules = [*network.stages.values(), network.projection]
+        if self.pretrain_steps:
+            self._pretrain(outputs, np.append(trained, anomalies), modules, rng)
+        network.frozen().to(outputs.task.device)
+        self._center = self._find_center(outputs, trained)
+        self.center_ = self._center.cpu().numpy()
+        self.loss_curve_ = self._train(
+            self._losses(outputs, labels, trained, anomalies, rng),
+            self.max_steps,
+            rng,
+            modules=modules,
+            training=True,
+            weight_decay=self.weight_decay,
+        )
+        self.n_iter_ = len(self.loss_curve_)
+        found = self._outputs(outputs, rows)
+        scores = self._score(found)
+        self._watch(scores)
+        scores[~held_out] = as_unseen(scores[~held_out], scores[held_out])
+        self._set_threshold(row_digests(found), scores)
+
+    def _take_biases(self) -> None:
+        """Take the biases from our networks; refuse others that have some."""
+        if isinstance(self.backbone, str):
+            self.backbone_ = without_biases(self.backbone_.clone())
+        if names := biases(self.backbone_):
+            raise ValueError(
+                f"backbone has biases, which {type(self).__name__} would use to give "
+                f"all images the same output: {', '.join(names[:5])}"
+                f"{', ...' if len(names) > 5 else ''}. Make its layers with bias=False "
+                "and its normalizations with affine=False. For pretrained networks, "
+                "see PANDAEstimator and HSCClassifier."
+            )
+
+    def _normalize_contrast(self, inputs: Vectors) -> None:
+        """Put global contrast normalization before the first stage."""
+        old, contrast = self.backbone_, ContrastNormalization()
+        if old.vectors:
+            raise ValueError("contrast_normalization is for images; X holds vectors.")
+        everything = chunks(np.arange(len(inputs)), self.batch_size)
+        loaded = self._feature_pass().load(inputs, everything)
+        found = [
+            contrast(old.normalize(batch.values)).aminmax()
+            for batch in loaded
+            if batch.values is not None
+        ]
+        if found:
+            contrast.low = min(float(low) for low, _ in found)
+            contrast.high = max(float(high) for _, high in found)
+        self.backbone_ = Backbone(
+            {CONTRAST: contrast, **old.stages},
+            input_size=old.input_size,
+            mean=old.mean,
+            std=old.std,
+            in_channels=old.in_channels,
+            to_map=old.to_map,
+        ).frozen()
+
+    def _project(self, seed: int) -> None:
+        """Put a linear layer behind a network that does not end in one."""
+        last = list(self._network.stages.modules())[-1]
+        if isinstance(last, nn.Linear):
+            return
+        width = self._network.features(torch.zeros(2, self._n_columns)).shape[1]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self._network.projection = nn.Linear(width, N_OUTPUTS, bias=False)
+
+    def _pretrain(
+        self,
+        outputs: PassOutputs,
+        rows: NDArray[np.intp],
+        modules: list[nn.Module],
+        rng: np.random.RandomState,
+    ) -> None:
+        """Train the network as the encoder of an autoencoder."""
+        backbone, device = self.backbone_, outputs.task.device
+        unit = self.contrast_normalization or (
+            not backbone.vectors and (backbone.mean, backbone.std) == ((0.0,), (1.0,))
+        )
+        network = self._network
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(draw_seed(rng))
+            decoder = make_decoder(modules, network.shape, unit=unit).to(device)
+
+        def losses() -> Iterator[Tensor]:
+            network.to(device)
+            for _, batch in outputs.batches(batches(rows, self.batch_size, rng)):
+                x = torch.from_numpy(batch).to(device).unflatten(1, network.shape)
+                code = x
+                for module in modules:
+                    code = module(code)
+                yield (decoder(code) - x).square().flatten(1).sum(dim=1).mean()
+
+        self._train(
+            losses(),
+            self.pretrain_steps,
+            rng,
+            modules=[*modules, decoder],
+            training=True,
+            weight_decay=self.pretrain_weight_decay,
+        )
+
+    def _find_center(self, outputs: PassOutputs, rows: NDArray[np.intp]) -> Tensor:
+        """Average the outputs; keep each entry away from zero.
+
+        Zero is what a network without biases can give for all images alike.
+        """
+        found, device = [], outputs.task.device
+        for _, batch in outputs.batches(chunks(rows, self.batch_size)):
+            with torch.no_grad():
+                found.append(self._network(torch.from_numpy(batch).to(device)))
+        center = torch.cat(found).mean(dim=0)
+        away = torch.where(center < 0, -AWAY, AWAY)
+        return torch.where(center.abs() < AWAY, away, center)
+
+    def _squared(self, outputs: Tensor) -> Tensor:
+        """Give squared distances from the centre."""
+        return (outputs - self._center.to(outputs)).square().sum(dim=1)
+
+    def _losses(
+        self,
+        outputs: PassOutputs,
+        labels: NDArray[np.intp],
+        rows: NDArray[np.intp],
+        anomalies: NDArray[np.intp],
+        rng: np.random.RandomState,
+    ) -> Iterator[Tensor]:
+        raise NotImplementedError
+
+    def _score(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
+        return -self._squared(torch.from_numpy(features.astype(np.float64))).numpy()
+
+
+class DeepSVDD(SphereDetector):
+    """Deep SVDD: a network that has all normal images near one point.
+
+    A network without biases, trained from scratch, draws normal images to a centre c
+    [1]_; an image's score is minus its squared distance::
+
+        min_phi  1/n sum_i ||phi(x_i) - c||^2                            (one-class)
+        min_phi  R^2 + 1/(nu n) sum_i max(0, ||phi(x_i) - c||^2 - R^2)   (soft-boundary)
+
+    Parameters
+    ----------
+    backbone : str, torch.nn.Module or callable, default="auto"
+        The network: a name of `skdeepad.backbones.list_backbones`, whose biases are
+        taken from it, or a module without biases (a copy is taken), or a function
+        that makes one. "auto" is "mlp" for vectors, and the paper's LeNets for
+        images: "svdd_mnist_lenet" up to 28 pixels, "svdd_cifar10_lenet" (images of 32
+        pixels) for larger ones.
+    weights : None or path, default=None
+        Random weights, or a state dict's file to start from.
+    objective : {"one-class", "soft-boundary"}, default="one-class"
+        Which of the above; scores are ``R^2 - d`` for the second.
+    nu : float, default=0.1
+        For "soft-boundary": bounds the share of training images outside of the ball,
+        in (0, 1].
+    warm_up_steps : int, default=100
+        For "soft-boundary": after so many steps the radius R, 0 until then, is the
+        ``1 - nu`` quantile of each mini-batch's distances. The paper's is 10 epochs.
+    contrast_normalization : bool, default=False
+        Whether images are normalized as in the paper: less their mean, divided by
+        the mean of their absolute values, and brought to [0, 1] by the extremes of
+        all training images.
+    pretrain_steps : int, default=1000
+        Number of mini-batches for which the network is first trained as the encoder
+        of an autoencoder (sum of squared errors), 0 for none. The paper: 150 epochs,
+        some 4,500 mini-batches of 6,000 images.
+    pretrain_weight_decay : float, default=0.0005
+        Of Adam, for the autoencoder.
+    max_steps : int, default=1000
+        Number of mini-batches for the objective. The paper: 150 epochs.
+    learning_rate : float, default=0.001
+        Of Adam, for both. The paper's is 0.0001.
+    milestones : sequence of float, default=(2 / 3,)
+        At these shares of the steps, in (0, 1), the learning rate falls to a tenth.
+    weight_decay : float, default=5e-7
+        Of Adam, for the objective.
+    augmentation : "paper", None or callable, default=None
+        As in `HSCClassifier`.
+    validation_fraction : float, default=0.1
+        Share of the normal images that is not trained on, in (0, 0.5): they set the
+        threshold. At least 20 images, or a third of fewer than 60.
+    contamination : float, default=0.05
+        Share of new normal images that may fall below the threshold, in (0, 0.5].
+    image_size : int or (int, int), default=None
+        Height and width in pixels that images are resized to (bilinear, antialiased,
+        aspect not kept). None: what the network is made for, or else the images' own.
+    image_shape : (int, int, int) or (int, int), default=None
+        (channels, height, width) or (height, width) of one image, where X does not
+        tell: rows that are flattened images, or an ambiguous channel axis.
+    batch_size : int, default=128
+        Images in a mini-batch. The paper's is 200.
+    max_cache_bytes : int, default=2**30
+        The training images are kept in memory as the network takes them if they take
+        no more than this. Scores are the same.
+    memory : str, path or joblib.Memory, default=None
+        Folder in which images are kept as the network takes them.
+    on_error : {"raise", "skip"}, default="raise"
+        What to do about image files that cannot be read: raise an error that names
+        them all, or warn, leave them out of `fit` and score them NaN.
+    device : str, default="auto"
+        Device of torch's. "auto": CUDA or MPS where there is one, else the CPU.
+    precision : {"auto", "float32", "bfloat16"}, default="auto"
+        Without effect: all stages are trained, in float32.
+    random_state : int, RandomState instance or None, default=None
+        Seeds random weights, the held-out share, mini-batches and augmentation.
+    verbose : bool or int, default=False
+        Whether to show a progress bar. In `fit`, scikit-learn's callbacks are served
+        too (1.9 and later).
+
+    Attributes
+    ----------
+    backbone_ : skdeepad.backbones.Backbone
+        The network, as trained.
+    center_ : ndarray of shape (n_outputs,)
+        c: the mean of the outputs before the objective is trained, no entry nearer
+        to zero than 0.1.
+    radius_ : float
+        R; 0 for "one-class".
+    stages_ : tuple of str
+        The stage whose output it is.
+    trained_stages_ : tuple of str
+        The stages that were trained.
+    loss_curve_ : ndarray of shape (n_iter_,)
+        The objective for each mini-batch.
+    n_iter_ : int
+        Number of steps taken, without those of the autoencoder.
+    offset_ : float
+        The threshold on ``score_samples``: the `contamination` quantile of the
+        training images' scores, brought to the level of held-out images.
+    image_size_ : (int, int) or None
+        Size at which the network runs; None for vectors.
+    image_shape_in_ : (int, int, int) or None
+        (channels, height, width) of the arrays seen in `fit`; None for files and
+        vectors.
+    n_features_in_ : int
+        Number of columns seen in `fit`, where X was 2-D.
+    feature_names_in_ : ndarray of str
+        Names of the columns, where X had them.
+
+    See Also
+    --------
+    DeepSAD : The same with known anomalies.
+    PANDAEstimator : The same idea with a pretrained network: first choice for images.
+
+    References
+    ----------
+    .. [1] L. Ruff et al., "Deep One-Class Classification", ICML 2018.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from skdeepad import DeepSVDD
+    >>> X, y = load_digits(return_X_y=True)
+    >>> X = X.reshape(-1, 8, 8) / 16
+    >>> detector = DeepSVDD(pretrain_steps=100, max_steps=100, random_state=0)
+    >>> detector = detector.fit(X[y == 0][:100])
+    >>> zeros, ones = X[y == 0][100:], X[y == 1]
+    >>> bool(detector.score_samples(zeros).mean() > detector.score_samples(ones).mean())
+    True
+    """
+
+    _parameter_constraints = {  # noqa: RUF012
+        **SphereDetector._parameter_constraints,
+        "objective": [StrOptions({"one-class", "soft-boundary"})],
+        "nu": [Interval(Real, 0, 1, closed="right")],
+        "warm_up_steps": [Interval(Integral, 0, None, closed="left")],
+    }
+
+    def __init__(
+        self,
+        backbone: Any = "auto",
+        *,
+        weights: str | Path | None = None,
+        objective: str = "one-class",
+        nu: float = 0.1,
+        warm_up_steps: int = 100,
+        contrast_normalization: bool = False,
+        pretrain_steps: int = 1000,
+        pretrain_weight_decay: float = 5e-4,
+        max_steps: int = 1000,
+        learning_rate: float = 0.001,
+        milestones: Iterable[float] = (2 / 3,),
+        weight_decay: float = 5e-7,
+        augmentation: Any = None,
+        validation_fraction: float = 0.1,
+        contamination: float = 0.05,
+        image_size: int | tuple[int, int] | None = None,
+        image_shape: tuple[int, ...] | None = None,
+        batch_size: int = 128,
+        max_cache_bytes: int = 2**30,
+        memory: Any = None,
+        on_error: str = "raise",
+        device: str = "auto",
+        precision: str = "auto",
+        random_state: int | np.random.RandomState | None = None,
+        verbose: bool | int = False,
+    ) -> None:
+        self.backbone = backbone
+        self.weights = weights
+        self.objective = objective
+        self.nu = nu
+        self.warm_up_steps = warm_up_steps
+        self.contrast_normalization = contrast_normalization
+        self.pretrain_steps = pretrain_steps
+        self.pretrain_weight_decay = pretrain_weight_decay
+        self.max_steps = max_steps
+        self.learning_rate = learning_rate
+        self.milestones = milestones
+        self.weight_decay = weight_decay
+        self.augmentation = augmentation
+        self.validation_fraction = validation_fraction
+        self.contamination = contamination
+        self.image_size = image_size
+        self.image_shape = image_shape
+        self.batch_size = batch_size
+        self.max_cache_bytes = max_cache_bytes
+        self.memory = memory
+        self.on_error = on_error
+        self.device = device
+        self.precision = precision
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @classmethod
+    def from_paper(cls, dataset: str = "mnist", **changes: Any) -> Any:
+        """Make the detector with the numbers of the paper and its official code.
+
+        As many steps as its epochs have with the images of one class, in mini-batches
+        of 200: 150 for each of autoencoder and objective with 6,000 images ("mnist"),
+        350 and 150 with 5,000 ("cifar10").
+
+        Parameters
+        ----------
+        dataset : {"mnist", "cifar10"}, default="mnist"
+            Whose network and schedule.
+        **changes
+            Parameters that are to be otherwise.
+
+        Returns
+        -------
+        DeepSVDD
+            Not fitted.
+        """
+        numbers: dict[str, dict[str, Any]] = {
+            "mnist": {
+                "backbone": "svdd_mnist_lenet",
+                "pretrain_steps": 4500,
+                "max_steps": 4500,
+                "milestones": (1 / 3,),
+                "warm_up_steps": 300,
+            },
+            "cifar10": {
+                "backbone": "svdd_cifar10_lenet",
+                "pretrain_steps": 8750,
+                "pretrain_weight_decay": 5e-7,
+                "max_steps": 3750,
+                "milestones": (1 / 3,),
+                "warm_up_steps": 250,
+            },
+        }
+        if dataset not in numbers:
+            raise ValueError(f"dataset={dataset!r} is not one of {', '.join(numbers)}.")
+        paper = {
+            "contrast_normalization": True,
+            "learning_rate": 1e-4,
+            "batch_size": 200,
+            **numbers[dataset],
+        }
+        return cls(**{**paper, **changes})
+
+    @keep_state_on_error
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X: Any, y: ArrayLike | None = None) -> DeepSVDD:
+        """Train the network on normal images.
+
+        Parameters
+        ----------
+        X : array-like or sequence of paths
+            ``(n, d)`` vectors or flattened images; ``(n, height, width)``,
+            ``(n, height, width, channels)`` or ``(n, channels, height, width)``
+            images, uint8 or floats in [0, 1]; or paths of image files.
+        y : array-like of shape (n_samples,), default=None
+            +1 for normal images, -1 for known anomalies, which are left out.
+
+        Returns
+        -------
+        DeepSVDD
+            The detector itself.
+
+        Raises
+        ------
+        ValueError
+            If X, y or a parameter is not what is described here, if a given network
+            has biases, or if training diverges.
+        FileNotFoundError
+            If image files, or the weights, are missing.
+
+        Warns
+        -----
+        ConvergenceWarning
+            If all images have one score, or if the radius of a soft boundary is 0.
+        """
+        inputs = self._fit_inputs(X)
+        normal = known_normal(y, len(inputs))
+        if not normal.all():
+            inputs = inputs.take(normal)
+        self.radius_ = 0.0
+        labels = np.zeros(len(inputs), dtype=np.intp)
+        self._fit_sphere(inputs, labels, check_random_state(self.random_state))
+        if self.objective == "soft-boundary" and self.radius_ == 0:
+            warnings.warn(
+                f"The radius is still 0 after max_steps={self.max_steps}: lower "
+                "warm_up_steps.",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+        return self
+
+    def _losses(
+        self,
+        outputs: PassOutputs,
+        labels: NDArray[np.intp],
+        rows: NDArray[np.intp],
+        anomalies: NDArray[np.intp],
+        rng: np.random.RandomState,
+    ) -> Iterator[Tensor]:
+        device = outputs.task.device
+        stream = outputs.batches(batches(rows, self.batch_size, rng))
+        for step, (_, batch) in enumerate(stream, 1):
+            z = self._network(torch.from_numpy(batch).to(device))
+            if self.objective == "one-class":
+                yield compactness(z, self._center)
+                continue
+            squared = self._squared(z)
+            yield soft_boundary_loss(squared, z.new_tensor(self.radius_), self.nu)
+            if step >= self.warm_up_steps:
+                distances = squared.detach().sqrt()
+                self.radius_ = float(torch.quantile(distances, 1 - self.nu))
+
+    def _score(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
+        return super()._score(features) + self.radius_**2
+
+
+def batches(
+    rows: NDArray[np.intp], batch_size: int, rng: np.random.RandomState
+) -> Iterator[NDArray[np.intp]]:
+    """Give mini-batches without end, none of one sample: BatchNorm learns nothing."""
+    for index in shuffled_batches(rows, batch_size, rng):
+        yield index if len(index) > 1 else np.repeat(index, 2)

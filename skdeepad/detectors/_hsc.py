@@ -1,0 +1,605 @@
+"""The hypersphere classifier and its siblings (Ruff et al., 2020)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import expit
+from sklearn.base import ClassifierMixin, _fit_context
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import Tags, check_consistent_length, check_random_state
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.multiclass import check_classification_targets, type_of_target
+from sklearn.utils.validation import _check_y
+from torch import Tensor, nn
+
+from ..backbones import Backbone
+from ..backbones._pretrained import is_pretrained
+from ..base import draw_seed, keep_state_on_error
+from ..inference import PassOutputs
+from ..inputs import chunks
+from ..objectives import focal_loss, hypersphere_loss, radial_distance
+from ..scorers import GaussianScorer
+from ..scorers._base import row_digests
+from ..training import balanced_batches
+from ._base import as_unseen, hold_out
+from ._trained import TrainedDetector
+
+N_STAGES = 3  # of a pretrained network, by default
+N_OUTPUTS = 64  # where the last layer of a network is not made for the objective
+WATCHED = 1024  # images that are looked at for a collapse
+TAUGHT = 0.01  # an outlier loss below it teaches nothing
+
+
+class HSCClassifier(ClassifierMixin, TrainedDetector):
+    """Hypersphere classification: known anomalies, or any other images, as teachers.
+
+    A network draws normal images to the origin and pushes outliers away from it,
+    under cross-entropy with a radial function in place of the sigmoid [1]_::
+
+        L = 1/n sum_i  y_i d(z_i) - (1 - y_i) log(1 - exp(-d(z_i))),   z = phi(x)
+
+    where y is 1 for normal images, and d is `norm`. The score is minus the distance d;
+    the probability of being normal is exp(-d). A few known anomalies, or images of
+    anything else (outlier exposure), are enough.
+
+    With a pretrained network, what is learnt is a metric: features are whitened by
+    the covariance of the normal ones, and multiplied by a matrix that is the identity
+    at first. The score then starts as the Mahalanobis distance, which needs no
+    outlier, and outliers only change what they speak of.
+
+    Parameters
+    ----------
+    backbone : str, torch.nn.Module or callable, default="auto"
+        The network: a name of `skdeepad.backbones.list_backbones`, a module (a copy
+        is taken), or a function that makes one. "auto" is "efficientnet_lite0" for
+        images and "mlp" for vectors. The papers' are "mnist_lenet" and
+        "cifar10_lenet", or "resnet18" with ``weights=None`` for larger images.
+    weights : "default", "download", None or path, default="default"
+        Pretrained weights as found on this machine; the same, fetched first; random
+        ones; or a state dict's file. See `skdeepad.backbones.load_backbone`.
+    objective : {"hsc", "bce", "focal"}, default="hsc"
+        The loss above; binary cross-entropy, or focal loss, of a linear layer on
+        top of the network (the score is minus its logit).
+    norm : {"pseudo_huber", "l2_squared", "l2", "l1"}, default="pseudo_huber"
+        The distance from the origin: ``sqrt(||z||^2 + 1) - 1``, which the official
+        code has by default; ``||z||^2``, which the paper has; ``||z||``; ``sum |z|``.
+        Only for "hsc".
+    gamma : float, default=2.0
+        For "focal": by how much samples that are classified well count for less, at
+        least 0. The paper tries 0, 0.5, 2 and 4.
+    stages : str or sequence of str, default=None
+        The stages whose outputs, averaged over positions, are the features. None:
+        the last three of a pretrained network ("pool" and "conv_head" not counted,
+        which only restate the stage before them), and the last one of others.
+    trainable_stages : "auto", None, str or sequence of str, default="auto"
+        The stages that are trained. "auto": all stages of a network with random
+        weights and of a given module, none of a pretrained one. None: none. Where
+        all are trained, BatchNorm learns, too; otherwise it stays as it is, and
+        features are whitened.
+    projection : int, None or "auto", default="auto"
+        Number of outputs of a linear layer, without bias, that the features are
+        given to. None: the features are the outputs. "auto": with frozen stages, a
+        square matrix that is the identity at first; otherwise 64, or None where the
+        network ends in a linear layer.
+    max_steps : int, default=200
+        Number of mini-batches. The papers train from scratch for 150 to 200 epochs,
+        some 7,000 mini-batches of 6,000 images; see `from_paper`.
+    learning_rate : float, default=0.001
+        Of Adam.
+    milestones : sequence of float, default=()
+        At these shares of the steps, in (0, 1), the learning rate falls to a tenth.
+    weight_decay : float, default=0.0
+        Of Adam; the papers' is 5e-7.
+    augmentation : "paper", None or callable, default=None
+        What is done to each image each time it is trained on: a function of one
+        image, a tensor of shape (channels, height, width) in [0, 1], such as
+        torchvision's transforms are. "paper": what the papers do to CIFAR-10 (a
+        little noise, colours by 1 %, mirrored, moved by up to an eighth).
+    validation_fraction : float, default=0.1
+        For `contamination`: share of the normal images that is not trained on, in (0,
+        0.5). At least 20 images, or a third of fewer than 60.
+    contamination : float or None, default=0.05
+        Share of new normal images that may fall below the threshold, in (0, 0.5].
+        None: no image is held out, and the threshold is where both classes are
+        equally probable under the objective.
+    image_size : int or (int, int), default=None
+        Height and width in pixels that images are resized to (bilinear, antialiased,
+        aspect not kept). None: what the network was trained on, or else the images'
+        own. Smaller is faster: cost goes with the area.
+    image_shape : (int, int, int) or (int, int), default=None
+        (channels, height, width) or (height, width) of one image, where X does not
+        tell: rows that are flattened images, or an ambiguous channel axis.
+    batch_size : int, default=128
+        Normal images in a mini-batch; as many outliers join them, drawn anew each
+        time, over and over where there are few. Also how many images the network
+        sees at once otherwise.
+    max_cache_bytes : int, default=2**30
+        What frozen stages make of the training images (the images themselves, if no
+        stage is frozen) is kept in memory if it takes no more than this, and computed
+        again in each epoch otherwise. Scores are the same.
+    memory : str, path or joblib.Memory, default=None
+        Folder in which what the frozen stages make of images is kept by the content
+        of the image.
+    on_error : {"raise", "skip"}, default="raise"
+        What to do about image files that cannot be read: raise an error that names
+        them all, or warn, leave them out of `fit` and score them NaN.
+    device : str, default="auto"
+        Device of torch's. "auto": CUDA or MPS where there is one, else the CPU.
+    precision : {"auto", "float32", "bfloat16"}, default="auto"
+        Of the frozen stages: "auto" runs images in bfloat16 where the processor is
+        made for it (AMX, CUDA). What is trained is in float32.
+    random_state : int, RandomState instance or None, default=None
+        Seeds random weights, the held-out share, mini-batches and augmentation.
+    verbose : bool or int, default=False
+        Whether to show a progress bar. In `fit`, scikit-learn's callbacks are served
+        too (1.9 and later).
+
+    Attributes
+    ----------
+    classes_ : ndarray of shape (2,)
+        The labels, sorted; ``classes_[1]`` is normal.
+    backbone_ : skdeepad.backbones.Backbone
+        The network, as trained.
+    stages_ : tuple of str
+        The stages that give the features.
+    trained_stages_ : tuple of str
+        The stages that were trained.
+    loss_curve_ : ndarray of shape (n_iter_,)
+        The loss of each mini-batch.
+    n_iter_ : int
+        Number of steps taken.
+    offset_ : float
+        The threshold on ``score_samples``.
+    image_size_ : (int, int) or None
+        Size at which the network runs; None for vectors.
+    image_shape_in_ : (int, int, int) or None
+        (channels, height, width) of the arrays seen in `fit`; None for files and
+        vectors.
+    n_features_in_ : int
+        Number of columns seen in `fit`, where X was 2-D.
+    feature_names_in_ : ndarray of str
+        Names of the columns, where X had them.
+
+    See Also
+    --------
+    DeepSAD : Some anomalies known, most images unlabelled.
+    skdeepad.detectors.MahalanobisFeatureScorer : Where it starts; needs no outlier.
+
+    Notes
+    -----
+    There is no ``sample_weight``: mini-batches are balanced and drawn at random, so
+    that a weight of 2 could not be what a sample given twice is.
+
+    References
+    ----------
+    .. [1] L. Ruff et al., "Rethinking Assumptions in Deep Anomaly Detection",
+       arXiv:2006.00339, 2020.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sklearn.datasets import load_digits
+    >>> from skdeepad import HSCClassifier
+    >>> X, y = load_digits(return_X_y=True)
+    >>> X, y = X.reshape(-1, 8, 8) / 16, np.where(y == 0, 1, -1)
+    >>> known = (np.arange(len(y)) < 200) & ((y == 1) | (np.arange(len(y)) % 10 == 0))
+    >>> model = HSCClassifier(image_size=32, max_steps=50, random_state=0)
+    >>> model = model.fit(X[known], y[known])
+    >>> bool(model.score(X[200:400], y[200:400]) > 0.9)
+    True
+    """
+
+    _parameter_constraints = {  # noqa: RUF012
+        **TrainedDetector._parameter_constraints,
+        "objective": [StrOptions({"hsc", "bce", "focal"})],
+        "norm": [StrOptions({"pseudo_huber", "l2_squared", "l2", "l1"})],
+        "gamma": [Interval(Real, 0, None, closed="left")],
+        "stages": [str, tuple, list, None],
+        "trainable_stages": [str, tuple, list, None],
+        "projection": [
+            Interval(Integral, 1, None, closed="left"),
+            StrOptions({"auto"}),
+            None,
+        ],
+        "contamination": [Interval(Real, 0, 0.5, closed="right"), None],
+    }
+
+    def __init__(
+        self,
+        backbone: Any = "auto",
+        *,
+        weights: str | Path | None = "default",
+        objective: str = "hsc",
+        norm: str = "pseudo_huber",
+        gamma: float = 2.0,
+        stages: str | Iterable[str] | None = None,
+        trainable_stages: str | Iterable[str] | None = "auto",
+        projection: int | str | None = "auto",
+        max_steps: int = 200,
+        learning_rate: float = 0.001,
+        milestones: Iterable[float] = (),
+        weight_decay: float = 0.0,
+        augmentation: Any = None,
+        validation_fraction: float = 0.1,
+        contamination: float | None = 0.05,
+        image_size: int | tuple[int, int] | None = None,
+        image_shape: tuple[int, ...] | None = None,
+        batch_size: int = 128,
+        max_cache_bytes: int = 2**30,
+        memory: Any = None,
+        on_error: str = "raise",
+        device: str = "auto",
+        precision: str = "auto",
+        random_state: int | np.random.RandomState | None = None,
+        verbose: bool | int = False,
+    ) -> None:
+        self.backbone = backbone
+        self.weights = weights
+        self.objective = objective
+        self.norm = norm
+        self.gamma = gamma
+        self.stages = stages
+        self.trainable_stages = trainable_stages
+        self.projection = projection
+        self.max_steps = max_steps
+        self.learning_rate = learning_rate
+        self.milestones = milestones
+        self.weight_decay = weight_decay
+        self.augmentation = augmentation
+        self.validation_fraction = validation_fraction
+        self.contamination = contamination  # type: ignore[assignment]
+        self.image_size = image_size
+        self.image_shape = image_shape
+        self.batch_size = batch_size
+        self.max_cache_bytes = max_cache_bytes
+        self.memory = memory
+        self.on_error = on_error
+        self.device = device
+        self.precision = precision
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @classmethod
+    def from_paper(cls, dataset: str = "mnist", **changes: Any) -> Any:
+        """Make the classifier with the numbers of the paper and its official code.
+
+        Networks from scratch, as many steps as their epochs have with the normal
+        images of one class: 150 epochs of 6,000 ("mnist"), 200 of 5,000 ("cifar10")
+        or 150 of 1,300 ("imagenet"; the paper's network also has attention modules).
+
+        Parameters
+        ----------
+        dataset : {"mnist", "cifar10", "imagenet"}, default="mnist"
+            Whose network and schedule.
+        **changes
+            Parameters that are to be otherwise.
+
+        Returns
+        -------
+        HSCClassifier
+            Not fitted.
+        """
+        numbers: dict[str, dict[str, Any]] = {
+            "mnist": {
+                "backbone": "mnist_lenet",
+                "max_steps": 150 * 6000 // 128,
+                "milestones": (1 / 3, 2 / 3),
+            },
+            "cifar10": {
+                "backbone": "cifar10_lenet",
+                "max_steps": 200 * 5000 // 128,
+                "milestones": (1 / 2, 3 / 4),
+                "augmentation": "paper",
+            },
+            "imagenet": {
+                "backbone": "resnet18",
+                "weights": None,
+                "projection": 256,
+                "max_steps": 150 * 1300 // 128,
+                "milestones": (2 / 3, 5 / 6),
+                "augmentation": "paper",
+            },
+        }
+        if dataset not in numbers:
+            raise ValueError(f"dataset={dataset!r} is not one of {', '.join(numbers)}.")
+        return cls(**{"weight_decay": 5e-7, **numbers[dataset], **changes})
+
+    def _default_stages(self, backbone: Backbone) -> Iterable[str]:
+        if self._trains_all(backbone):
+            return backbone.stage_names[-1:]
+        return backbone.block_names[-N_STAGES:]
+
+    def _trains_all(self, backbone: Backbone) -> bool:
+        """Tell whether "auto" lets all stages be trained: none is pretrained."""
+        if self.trainable_stages != "auto":
+            return set(self._trained_stages(backbone)) == set(backbone.stage_names)
+        name = self.backbone
+        named = isinstance(name, str) and (name == "auto" or is_pretrained(name))
+        return backbone.vectors or not named or self.weights is None
+
+    def _trained_stages(self, backbone: Backbone) -> tuple[str, ...]:
+        given = self.trainable_stages
+        if isinstance(given, str) and given == "auto":
+            return backbone.stage_names if self._trains_all(backbone) else ()
+        if given is None or not len(given):
+            return ()
+        given = (given,) if isinstance(given, str) else given
+        return backbone.check_stages(given, "trainable_stages")
+
+    @keep_state_on_error
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X: Any, y: ArrayLike | None = None) -> HSCClassifier:
+        """Train the network on normal images and outliers.
+
+        Parameters
+        ----------
+        X : array-like or sequence of paths
+            ``(n, d)`` vectors or flattened images; ``(n, height, width)``,
+            ``(n, height, width, channels)`` or ``(n, channels, height, width)``
+            images, uint8 or floats in [0, 1]; or paths of image files.
+        y : array-like of shape (n_samples,), default=None
+            +1 for normal images, -1 for known anomalies or images of anything else;
+            or any two labels, of which the greater is normal. None: there are only
+            normal images, and noise is made for outliers.
+
+        Returns
+        -------
+        HSCClassifier
+            The classifier itself.
+
+        Raises
+        ------
+        ValueError
+            If X, y or a parameter is not what is described here, if y has one label
+            only, or if training diverges.
+        FileNotFoundError
+            If image files, or the weights, are missing.
+
+        Warns
+        -----
+        UserWarning
+            If y is None.
+        ConvergenceWarning
+            If outliers taught nothing, as they were told apart from the start, or if
+            all images have one score.
+        """
+        inputs = self._fit_inputs(X)
+        self.classes_, normal = self._check_labels(y, len(inputs))
+        rng = check_random_state(self.random_state)
+        outputs = self._cut(inputs, self._trained_stages(self.backbone_), rng)
+        readable, features = self._pass_once(outputs)
+        rows = np.flatnonzero(normal & readable)
+        outliers = np.flatnonzero(~normal & readable)
+        self._check_enough(len(rows))
+        if y is not None and not len(outliers):
+            raise ValueError("y has one class only: no image of the other can be read.")
+        held_out = np.zeros(len(rows), dtype=bool)
+        if self.contamination is not None:
+            held_out = hold_out(len(rows), self.validation_fraction, rng)
+        whole = set(self.trained_stages_) == set(self.backbone_.stage_names)
+        if not whole:
+            self._network.whitening = whitening(features[rows[~held_out]])
+        self._project(features.shape[1], whole, draw_seed(rng))
+        network = self._network
+        self.loss_curve_ = self._train(
+            self._losses(outputs, rows[~held_out], outliers, rng),
+            self.max_steps,
+            rng,
+            modules=[
+                *(network.stages[name] for name in self.trained_stages_),
+                network.projection,
+            ],
+            training=whole,
+            weight_decay=self.weight_decay,
+        )
+        self.n_iter_ = len(self.loss_curve_)
+        self._settle(outputs, rows, held_out)
+        return self
+
+    def _check_labels(
+        self, y: ArrayLike | None, n: int
+    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Give the two labels, and tell which samples have the normal one."""
+        if y is None:
+            warnings.warn(
+                "There is no known anomaly: noise stands for outliers. Images of "
+                "anything else, labelled -1, teach more; without them, see "
+                "MahalanobisFeatureScorer, PANDAEstimator and DeepSVDD.",
+                UserWarning,
+                stacklevel=4,
+            )
+            return np.array([-1, 1]), np.ones(n, dtype=bool)
+        labels = _check_y(y, estimator=self)
+        check_classification_targets(labels)
+        check_consistent_length(labels, np.empty(n))
+        classes = np.unique(labels)
+        if len(classes) > 2:
+            raise ValueError(
+                "Only binary classification is supported. The type of the target is "
+                f"{type_of_target(labels)}."
+            )
+        if len(classes) < 2:
+            raise ValueError(
+                f"y has one class only, {classes.tolist()[0]!r}. Label outliers -1 and "
+                "normal images +1; without outliers, leave y out."
+            )
+        return classes, labels == classes[1]
+
+    def _project(self, n_features: int, whole: bool, seed: int) -> None:
+        """Put the last layers behind the features."""
+        width = self.projection
+        last = list(self._network.stages.modules())[-1]
+        layers: list[nn.Module] = []
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if width == "auto" and not whole:
+                layers.append(nn.Linear(n_features, n_features, bias=False))
+                # so that distances start at about 1, whatever the number of features
+                nn.init.eye_(layers[0].weight).data.div_(math.sqrt(n_features))
+            elif width == "auto" and not isinstance(last, nn.Linear):
+                layers.append(nn.Linear(n_features, N_OUTPUTS, bias=False))
+            elif isinstance(width, Integral):
+                layers.append(nn.Linear(n_features, width, bias=False))
+            if self.objective != "hsc":
+                n_outputs = layers[-1].out_features if layers else n_features
+                layers.append(nn.Linear(n_outputs, 1))
+        if not layers and not self.trained_stages_:
+            raise ValueError(
+                "projection=None leaves nothing to train, as no stage is trained; set "
+                "projection or trainable_stages."
+            )
+        self._network.projection = nn.Sequential(*layers)
+
+    def _losses(
+        self,
+        outputs: PassOutputs,
+        normal: NDArray[np.intp],
+        outliers: NDArray[np.intp],
+        rng: np.random.RandomState,
+    ) -> Iterator[Tensor]:
+        """Give the loss of one mini-batch after the other, without end."""
+        device = outputs.task.device
+        network = self._network.to(device)
+        noise = None if len(outliers) else Noise(outputs, normal, draw_seed(rng))
+        halves = outputs.batches(
+            balanced_batches(normal, outliers, self.batch_size, rng)
+        )
+        first = True
+        for _, rows in halves:
+            others = next(halves)[1] if noise is None else noise(len(rows))
+            x = torch.from_numpy(np.concatenate([rows, others])).to(device)
+            outlier = torch.arange(len(x), device=device) >= len(rows)
+            losses = self._loss(network(x), outlier)
+            if first and (taught := losses[outlier].mean().item()) < TAUGHT:
+                warnings.warn(
+                    "Outliers are told apart from the start (their loss is "
+                    f"{taught:.1g}): they teach nothing. Outliers nearer to the normal "
+                    "images teach more.",
+                    ConvergenceWarning,
+                    stacklevel=2,
+                )
+            first = False
+            yield losses.mean()
+
+    def _loss(self, outputs: Tensor, outlier: Tensor) -> Tensor:
+        if self.objective == "hsc":
+            distances = radial_distance(outputs, self.norm)
+            return hypersphere_loss(distances, outlier)
+        gamma = self.gamma if self.objective == "focal" else 0.0
+        return focal_loss(outputs[:, 0], outlier, gamma)
+
+    def _settle(
+        self,
+        outputs: PassOutputs,
+        rows: NDArray[np.intp],
+        held_out: NDArray[np.bool_],
+    ) -> None:
+        """Use the network as it is; set the threshold."""
+        if self.contamination is None:
+            self._held_out = None
+            self.offset_ = -math.log(2) if self.objective == "hsc" else 0.0
+            rows = rows[:WATCHED]
+        found = self._outputs(outputs, rows)
+        scores = self._score(found)
+        self._watch(scores)
+        if self.contamination is not None:
+            scores[~held_out] = as_unseen(scores[~held_out], scores[held_out])
+            self._set_threshold(row_digests(found), scores)
+            # classifiers take 0 for the first class, outlier detectors for normal
+            self.offset_ = float(np.nextafter(self.offset_, -np.inf))
+
+    def _score(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
+        outputs = torch.from_numpy(features.astype(np.float64))
+        if self.objective == "hsc":
+            return -radial_distance(outputs, self.norm).numpy()
+        return -outputs[:, 0].numpy()
+
+    def predict(self, X: Any) -> NDArray[Any]:
+        """Tell the class of images.
+
+        Parameters
+        ----------
+        X : array-like or sequence of paths
+            Images, in any form that `fit` takes.
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+            ``classes_[1]`` where ``decision_function`` is at least 0, ``classes_[0]``
+            elsewhere: for anomalies, and for files skipped by ``on_error="skip"``.
+        """
+        normal = self.decision_function(X) >= 0
+        return self.classes_[normal.astype(np.intp)]
+
+    def predict_proba(self, X: Any) -> NDArray[np.float64]:
+        """Give the probabilities of both classes.
+
+        Parameters
+        ----------
+        X : array-like or sequence of paths
+            Images, in any form that `fit` takes.
+
+        Returns
+        -------
+        ndarray of float64, shape (n_samples, 2)
+            In the second column ``exp(-d)`` for ``objective="hsc"`` and
+            ``sigmoid(-logit)`` for others, with d scaled, or the logit shifted, so
+            that 0.5 is at the threshold (as they are, if `contamination` is None).
+            They are of balanced mini-batches: for the shares in your data, see
+            scikit-learn's ``CalibratedClassifierCV``. Far out, exp(-d) ties at 0;
+            scores do not.
+        """
+        scores = self.score_samples(X)
+        if self.objective == "hsc":
+            normal = np.exp2(-scores / min(self.offset_, -np.finfo(float).tiny))
+        else:
+            normal = expit(scores - self.offset_)
+        return np.column_stack([1 - normal, normal])
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_class = False
+        tags.target_tags.required = False
+        return tags
+
+
+def whitening(features: NDArray[np.float32]) -> nn.Linear:
+    """Give the map after which these features have mean 0 and covariance 1."""
+    gaussian = GaussianScorer().fit(features)
+    origin = gaussian.transform(np.zeros((1, features.shape[1]), features.dtype))
+    axes = gaussian.transform(np.eye(features.shape[1], dtype=features.dtype)) - origin
+    layer = nn.Linear(*axes.shape)
+    layer.weight.data = torch.from_numpy(axes.T.astype(np.float32))
+    layer.bias.data = torch.from_numpy(origin[0].astype(np.float32))
+    return layer.requires_grad_(False)
+
+
+class Noise:
+    """Rows drawn evenly from the box that holds the normal ones.
+
+    Told apart from such a background, normal samples' density is learnt
+    (Steinwart et al., 2005).
+    """
+
+    def __init__(
+        self, outputs: PassOutputs, normal: NDArray[np.intp], seed: int
+    ) -> None:
+        self.rng = np.random.RandomState(seed)
+        self.low, self.high = np.inf, -np.inf
+        for _, rows in outputs.batches(chunks(normal, outputs.task.batch_size)):
+            self.low = np.minimum(self.low, rows.min(axis=0))
+            self.high = np.maximum(self.high, rows.max(axis=0))
+
+    def __call__(self, n: int) -> NDArray[np.float32]:
+        """Draw n rows."""
+        drawn = self.rng.random_sample((n, len(self.low)))
+        return (self.low + drawn * (self.high - self.low)).astype(np.float32)

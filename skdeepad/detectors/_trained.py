@@ -1,0 +1,306 @@
+"""What the detectors share that train a network under an objective of its outputs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
+from math import prod
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils._param_validation import Interval, StrOptions
+from torch import Tensor, nn
+
+from ..backbones import Backbone
+from ..base import draw_seed
+from ..inference import FeaturePass, JunctionPass, PassOutputs, pool, regroup
+from ..inputs import Vectors, chunks
+from ..training import DivergedError, train
+from ._base import BackboneDetector
+
+DECAY = 0.1  # of the learning rate at a milestone
+SPREAD = 1e-4  # of scores, relative to their size: less is none
+Rows = Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]
+
+
+class TrainedEnd(Backbone):
+    """The end of a network that is trained, behind stages that are not.
+
+    Its input is a row of `JunctionPass`; its output is what the objective sees: the
+    features of the frozen and of the trained stages side by side, whitened if so
+    wanted, and projected.
+
+    Parameters
+    ----------
+    trained : mapping of str to torch.nn.Module
+        The stages that follow the frozen ones; none, perhaps.
+    shape : tuple of int
+        The shape of what the first of them takes.
+    taps : tuple of str
+        The stages whose outputs, averaged over positions, are features.
+    n_features : int
+        How many features come with the row.
+    source : Backbone
+        The network that the stages are of.
+    """
+
+    def __init__(
+        self,
+        trained: Mapping[str, nn.Module],
+        shape: tuple[int, ...],
+        taps: tuple[str, ...],
+        n_features: int,
+        source: Backbone,
+    ) -> None:
+        n_handed_on = prod(shape) if trained else 0
+        super().__init__(
+            trained or {"features": nn.Identity()},
+            in_channels=n_handed_on + n_features,
+            vectors=True,
+            to_map=source.to_map,
+        )
+        self.shape = shape
+        self.n_handed_on = n_handed_on
+        self.taps = taps
+        self.whitening: nn.Module = nn.Identity()
+        self.projection: nn.Module = nn.Identity()
+
+    def features(self, rows: Tensor) -> Tensor:
+        """Give the features of all stages that count, in the order of the network."""
+        outputs = [rows[:, self.n_handed_on :]]
+        if self.n_handed_on:
+            x = rows[:, : self.n_handed_on].unflatten(1, self.shape)
+            for name, stage in self.stages.items():
+                x = stage(x)
+                if name in self.taps:
+                    outputs.append(pool(self.as_map(x)))
+        return torch.cat(outputs, dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give what the objective sees."""
+        return self.projection(self.whitening(self.features(x)))
+
+    def forward_stages(self, x: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+        """Give the same, under any name that is asked for."""
+        return dict.fromkeys(names, self(x))
+
+
+class TrainedDetector(BackboneDetector):
+    """Base of the detectors that train a network under an objective of its outputs.
+
+    A subclass defines `fit`, which calls `_cut`, `_pass_once` and `_train`, and
+    ``_score(outputs)``.
+    """
+
+    _parameter_constraints = {  # noqa: RUF012
+        **BackboneDetector._parameter_constraints,
+        "max_steps": [Interval(Integral, 1, None, closed="left")],
+        "learning_rate": [Interval(Real, 0, None, closed="neither")],
+        "milestones": [tuple, list],
+        "weight_decay": [Interval(Real, 0, None, closed="left")],
+        "augmentation": [StrOptions({"paper"}), callable, None],
+        "validation_fraction": [Interval(Real, 0, 0.5, closed="neither")],
+        "max_cache_bytes": [Interval(Integral, 0, None, closed="left")],
+    }
+
+    max_steps: int
+    learning_rate: float
+    milestones: Any
+    weight_decay: float
+    augmentation: Any
+    validation_fraction: float
+    max_cache_bytes: int
+
+    def _cut(
+        self,
+        inputs: Vectors,
+        trained: tuple[str, ...],
+        rng: np.random.RandomState,
+    ) -> PassOutputs:
+        """Part the backbone into frozen stages and trained ones, which are copied."""
+        names = self.backbone_.stage_names
+        first = names.index(trained[0]) if trained else len(names)
+        self.trained_stages_ = trained
+        self._frozen_stages = names[:first]
+        if trained:
+            self.backbone_ = self.backbone_.clone()
+        task = self._junction_pass()
+        shape = task.sample_shape(inputs)
+        self._n_columns = sum(task.widths(shape))
+        junction = task.junction_shape(shape)
+        self._network = TrainedEnd(
+            {name: self.backbone_.stages[name] for name in names[first:]},
+            junction,
+            self.stages_,
+            self._n_columns - (prod(junction) if trained else 0),
+            self.backbone_,
+        )
+        augment = self._augment(draw_seed(rng))
+        return PassOutputs(task, inputs, self.max_cache_bytes, augment)
+
+    def _augment(self, seed: int) -> Callable[[Tensor], Tensor] | None:
+        if self.augmentation is None:
+            return None
+        if self.image_size_ is None:
+            raise ValueError("augmentation is for images; X holds vectors.")
+        change = self.augmentation
+        if change == "paper":
+            change = paper_augmentation(self.image_size_)
+        return Augmentation(change, seed)
+
+    def _junction_pass(self) -> JunctionPass:
+        return JunctionPass(
+            **vars(self._feature_pass()),
+            frozen=self._frozen_stages,
+            handed_on=bool(self.trained_stages_),
+        )
+
+    def _end_pass(self) -> FeaturePass:
+        # in float32: what the frozen stages gain in bfloat16, distances would lose
+        return replace(
+            self._feature_pass(),
+            backbone=self._network,
+            stages=("output",),
+            dtype=torch.float32,
+        )
+
+    def _pass_once(
+        self, outputs: PassOutputs
+    ) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
+        """Pass all samples through the frozen stages; tell which can be read.
+
+        Their features before training are given, too.
+        """
+        self._network.frozen()
+        width = self._network.features(torch.zeros(2, self._n_columns)).shape[1]
+        features = np.full((len(outputs.inputs), width), np.nan, dtype=np.float32)
+        for index, rows in outputs.keep(self._run_frozen(outputs.inputs, False)):
+            with torch.inference_mode():
+                features[index] = self._network.features(torch.from_numpy(rows)).numpy()
+        return ~np.isnan(features).any(axis=1), features
+
+    def _train(
+        self,
+        losses: Iterable[Tensor],
+        n_steps: int,
+        rng: np.random.RandomState,
+        *,
+        modules: Iterable[nn.Module],
+        training: bool,
+        weight_decay: float,
+    ) -> NDArray[np.float64]:
+        """Take one step for each loss, with all weights of these modules."""
+        parameters = []
+        for module in modules:
+            module.requires_grad_(True).train(training)
+            parameters += list(module.parameters())
+        optimizer = torch.optim.Adam(
+            parameters, lr=self.learning_rate, weight_decay=weight_decay
+        )
+        if not all(0 < m < 1 for m in self.milestones):
+            raise ValueError(
+                f"milestones={self.milestones!r} are to be shares of the steps, in "
+                "(0, 1)."
+            )
+        steps = sorted({round(m * n_steps) for m in self.milestones})
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, steps, DECAY)
+        taken = train(optimizer, islice(losses, n_steps))
+        curve: list[float] = []
+        device = self._end_pass().device
+        # what a network draws in training (dropout) comes from torch's global stream
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(draw_seed(rng))
+            try:
+                for loss in self._track(taken, n_steps, True, unit="step"):
+                    curve.append(loss)
+                    schedule.step()
+            except DivergedError as error:
+                raise ValueError(
+                    f"Training failed: {error} after {len(curve)} steps. Lower "
+                    "learning_rate, or scale X."
+                ) from error
+        return np.array(curve)
+
+    def _outputs(
+        self, outputs: PassOutputs, index: NDArray[np.intp]
+    ) -> NDArray[np.float32]:
+        """Give what the network, as it is from now on, makes of training samples."""
+        self._network.frozen().cpu()
+        task = self._end_pass()
+        self._widths = task.widths((self._n_columns,))
+        batches = outputs.batches(chunks(index, task.batch_size))
+        found = [task.run(torch.from_numpy(rows)) for _, rows in batches]
+        return np.concatenate(found)
+
+    def _watch(self, scores: NDArray[np.float64]) -> None:
+        """Warn if all images have one score."""
+        if np.ptp(scores) <= SPREAD * np.abs(scores).max():
+            warnings.warn(
+                "The network has collapsed: it gives all images the same score. Lower "
+                "learning_rate or max_steps; see that X is scaled, and not constant.",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
+
+    def _run_frozen(self, inputs: Vectors, fitting: bool) -> Rows:
+        """Pass samples through the frozen stages."""
+        row = np.float32, (self._n_columns,)
+        return self._run(self._junction_pass(), inputs, fitting, row)
+
+    def _batches(self, inputs: Vectors, fitting: bool) -> Rows:
+        task = self._end_pass()
+        for index, rows in regroup(self._run_frozen(inputs, fitting), task.batch_size):
+            yield index, task.run(torch.from_numpy(rows))
+
+
+class Augmentation:
+    """Change each image of a batch by a function that draws from torch's stream.
+
+    Parameters
+    ----------
+    change : callable
+        One image -> one image, of shape (channels, height, width).
+    seed : int
+        Starts a stream of its own; the global one is left alone.
+    """
+
+    def __init__(self, change: Callable[[Tensor], Tensor], seed: int) -> None:
+        self.change = change
+        self.state = torch.Generator().manual_seed(seed).get_state()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Change each image of a batch by a draw of its own."""
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self.state)
+            changed = torch.stack([self.change(image) for image in images])
+            self.state = torch.get_rng_state()
+        if changed.shape != images.shape:
+            raise ValueError(
+                f"augmentation turns images of shape {tuple(images.shape[1:])} into "
+                f"{tuple(changed.shape[1:])}; the shape is to stay."
+            )
+        return changed.float().clamp(0, 1)
+
+
+def paper_augmentation(size: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+    """Give what Ruff et al. (2020) do to the images of CIFAR-10.
+
+    Colours changed by up to 1 %, mirrored half of the time, cropped at random after
+    padding by an eighth of the size, and noise of standard deviation 0.001.
+    """
+    from torchvision.transforms import v2
+
+    padding = [size[1] // 8, size[0] // 8]  # left and right, top and bottom
+    steps = [
+        v2.ColorJitter(0.01, 0.01, 0.01, 0.01),
+        v2.RandomHorizontalFlip(),
+        v2.RandomCrop(size, padding=padding),
+        v2.GaussianNoise(sigma=0.001),
+    ]
+    return v2.Compose(steps)
