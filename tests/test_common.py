@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 
 # scikit-learn skips its array API check without it; scipy reads it on import
@@ -10,10 +11,12 @@ os.environ["SCIPY_ARRAY_API"] = "1"
 from unittest import SkipTest
 
 import pytest
+from sklearn.base import clone, is_classifier
 from sklearn.covariance import MinCovDet
 from sklearn.ensemble import IsolationForest
 from sklearn.utils import InputTags, get_tags
 from sklearn.utils.estimator_checks import (
+    _yield_outliers_checks,
     check_dataframe_column_names_consistency,
     check_get_feature_names_out_error,
     check_global_output_transform_pandas,
@@ -30,7 +33,10 @@ import skdeepad
 from skdeepad import (
     BackboneFeatures,
     CentroidScorer,
+    DeepSAD,
+    DeepSVDD,
     GaussianScorer,
+    HSCClassifier,
     KDClonerEstimator,
     KMeansScorer,
     KNNScorer,
@@ -46,9 +52,15 @@ class Network(nn.Sequential):
         super().__init__(nn.AdaptiveAvgPool1d(4), nn.Linear(4, 8), nn.Tanh())
 
 
-# one of each, with defaults
+def make(public):
+    """Make one with its defaults, but for budgets: checks fit hundreds of times."""
+    budgets = {"max_steps": 50, "pretrain_steps": 10}
+    known = inspect.signature(public).parameters
+    return public(**{name: n for name, n in budgets.items() if name in known})
+
+
 ESTIMATORS = [
-    public()
+    make(public)
     for public in (getattr(skdeepad, name) for name in skdeepad.__all__)
     if hasattr(public, "fit")
 ]
@@ -77,6 +89,12 @@ SETTINGS = [
     PANDAEstimator(Network, max_steps=5, normalize=False, scorer=IsolationForest()),
     KDClonerEstimator(cloner="equal", max_steps=10, loss="value"),
     KDClonerEstimator(Network, max_steps=10, standardize=False, direction_weight=2),
+    HSCClassifier(objective="bce", contamination=None, max_steps=20, random_state=0),
+    HSCClassifier(Network, objective="focal", trainable_stages=None, max_steps=20),
+    DeepSVDD(
+        objective="soft-boundary", warm_up_steps=5, max_steps=20, pretrain_steps=0
+    ),
+    DeepSAD(balanced=False, max_steps=10, pretrain_steps=10),
 ]
 
 each_estimator = pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
@@ -89,6 +107,20 @@ def test_scikit_learn_check(estimator, check):
         check(estimator)
     except SkipTest as reason:
         pytest.fail(f"skipped: {reason}")
+
+
+OUTLIER_CHECKS = [
+    (estimator, check)
+    for estimator in ESTIMATORS + SETTINGS
+    if is_classifier(estimator)
+    for check in _yield_outliers_checks(estimator)
+]
+
+
+@pytest.mark.parametrize(("estimator", "check"), OUTLIER_CHECKS, ids=str)
+@pytest.mark.filterwarnings("ignore")
+def test_classifiers_are_outlier_detectors_too(estimator, check):
+    check(type(estimator).__name__, clone(estimator))
 
 
 @each_estimator

@@ -80,7 +80,7 @@ class SphereDetector(TrainedDetector):
         network = self._network
         modules = [*network.stages.values(), network.projection]
         if self.pretrain_steps:
-            self._pretrain(outputs, np.append(trained, anomalies), modules, rng)
+            self._pretrain(outputs, np.append(trained, anomalies), rng)
         network.frozen().to(outputs.task.device)
         self._center = self._find_center(outputs, trained)
         self.center_ = self._center.cpu().numpy()
@@ -150,7 +150,6 @@ class SphereDetector(TrainedDetector):
         self,
         outputs: PassOutputs,
         rows: NDArray[np.intp],
-        modules: list[nn.Module],
         rng: np.random.RandomState,
     ) -> None:
         """Train the network as the encoder of an autoencoder."""
@@ -159,24 +158,25 @@ class SphereDetector(TrainedDetector):
             not backbone.vectors and (backbone.mean, backbone.std) == ((0.0,), (1.0,))
         )
         network = self._network
+        stages = list(network.stages.values())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(draw_seed(rng))
-            decoder = make_decoder(modules, network.shape, unit=unit).to(device)
+            decoder = make_decoder(stages, network.shape, unit=unit).to(device)
 
         def losses() -> Iterator[Tensor]:
             network.to(device)
             for _, batch in outputs.batches(batches(rows, self.batch_size, rng)):
                 x = torch.from_numpy(batch).to(device).unflatten(1, network.shape)
                 code = x
-                for module in modules:
-                    code = module(code)
+                for stage in stages:
+                    code = stage(code)
                 yield (decoder(code) - x).square().flatten(1).sum(dim=1).mean()
 
         self._train(
             losses(),
             self.pretrain_steps,
             rng,
-            modules=[*modules, decoder],
+            modules=[*stages, decoder],
             training=True,
             weight_decay=self.pretrain_weight_decay,
         )

@@ -20,6 +20,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import _check_y
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from ..backbones import Backbone
 from ..backbones._pretrained import is_pretrained
@@ -415,7 +416,7 @@ class HSCClassifier(ClassifierMixin, TrainedDetector):
                 "anything else, labelled -1, teach more; without them, see "
                 "MahalanobisFeatureScorer, PANDAEstimator and DeepSVDD.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
             return np.array([-1, 1]), np.ones(n, dtype=bool)
         labels = _check_y(y, estimator=self)
@@ -478,17 +479,23 @@ class HSCClassifier(ClassifierMixin, TrainedDetector):
             others = next(halves)[1] if noise is None else noise(len(rows))
             x = torch.from_numpy(np.concatenate([rows, others])).to(device)
             outlier = torch.arange(len(x), device=device) >= len(rows)
-            losses = self._loss(network(x), outlier)
-            if first and (taught := losses[outlier].mean().item()) < TAUGHT:
-                warnings.warn(
-                    "Outliers are told apart from the start (their loss is "
-                    f"{taught:.1g}): they teach nothing. Outliers nearer to the normal "
-                    "images teach more.",
-                    ConvergenceWarning,
-                    stacklevel=2,
-                )
+            z = network(x)
+            if first and self.objective == "hsc":
+                self._check_outliers(z, outlier)
             first = False
-            yield losses.mean()
+            yield self._loss(z, outlier).mean()
+
+    def _check_outliers(self, z: Tensor, outlier: Tensor) -> None:
+        """Warn of outliers that are far outside before anything is learnt."""
+        distances = radial_distance(z.detach(), self.norm)
+        loss = hypersphere_loss(distances, outlier)[outlier].mean().item()
+        if loss < TAUGHT and distances[outlier].min() > distances[~outlier].max():
+            warnings.warn(
+                f"Outliers are told apart from the start (their loss is {loss:.1g}): "
+                "they teach nothing. Outliers nearer to the normal images teach more.",
+                ConvergenceWarning,
+                stacklevel=9,
+            )
 
     def _loss(self, outputs: Tensor, outlier: Tensor) -> Tensor:
         if self.objective == "hsc":
@@ -577,7 +584,7 @@ def whitening(features: NDArray[np.float32]) -> nn.Linear:
     gaussian = GaussianScorer().fit(features)
     origin = gaussian.transform(np.zeros((1, features.shape[1]), features.dtype))
     axes = gaussian.transform(np.eye(features.shape[1], dtype=features.dtype)) - origin
-    layer = nn.Linear(*axes.shape)
+    layer = skip_init(nn.Linear, *axes.shape)
     layer.weight.data = torch.from_numpy(axes.T.astype(np.float32))
     layer.bias.data = torch.from_numpy(origin[0].astype(np.float32))
     return layer.requires_grad_(False)
