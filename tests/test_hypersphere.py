@@ -29,6 +29,7 @@ from skdeepad import DeepSAD, DeepSVDD, GaussianScorer, HSCClassifier
 from skdeepad.backbones import load_backbone
 from skdeepad.backbones._decoder import make_decoder
 from skdeepad.backbones._small import ContrastNormalization, biases, without_biases
+from skdeepad.detectors._deep_svdd import away_from_zero
 from skdeepad.detectors._hsc import whitening
 from skdeepad.objectives import (
     focal_loss,
@@ -193,17 +194,28 @@ def test_training_steps_are_those_by_hand():
 
 
 def test_deep_svdd_steps_are_those_by_hand():
-    X = np.random.default_rng(0).normal(size=(30, 3)).astype(np.float32)
+    """Samples a u: the centre is mean(a) W u, the gradient 2 var(a) (W u) u'."""
+    rng = np.random.default_rng(0)
+    u, a = np.array([1.0, -2.0, 0.5]), rng.uniform(1, 2, size=30)
     net = nn.Linear(3, 2, bias=False)
-    detector = DeepSVDD(
-        net, pretrain_steps=0, max_steps=1, weight_decay=0.0, learning_rate=0.01
-    )
-    detector.set_params(batch_size=20, milestones=(), random_state=0).fit(X)
-    W = net.weight.detach().numpy().astype(np.float64)
-    trained = W - 0.01 * np.sign(W - trained_weight(detector))
-    assert_allclose(trained_weight(detector), trained, rtol=1e-4)
-    # the centre is the mean of 20 of the 30 images, pushed away from zero
-    assert (np.abs(detector.center_) >= np.float32(0.1)).all()
+    W = np.array([[0.5, -0.2, 0.9], [-0.4, 0.3, 0.1]])
+    net.weight.data = torch.from_numpy(W).float()
+    options = {"pretrain_steps": 0, "max_steps": 1, "weight_decay": 0.0}
+    detector = DeepSVDD(net, learning_rate=0.01, batch_size=20, **options)
+    detector.fit(np.outer(a, u))
+    away = detector.center_ / (W @ u)
+    assert_allclose(away, away[0], rtol=1e-5)
+    assert 1.3 < away[0] < 1.7
+    expected = W - 0.01 * np.sign(np.outer(W @ u, u))
+    assert_allclose(trained_weight(detector), expected, rtol=1e-4)
+    scores = detector.score_samples(np.outer([9.0], u))
+    z = 9 * expected @ u
+    assert_allclose(scores, -np.sum((z - detector.center_) ** 2), rtol=1e-4)
+
+
+def test_the_centre_stays_away_from_zero():
+    center = away_from_zero(np.array([0.0, 0.05, -0.05, 0.3, -2.0]))
+    assert_array_equal(center, [0.1, 0.1, -0.1, 0.3, -2.0])
 
 
 def trained_weight(detector):

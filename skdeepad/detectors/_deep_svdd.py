@@ -23,7 +23,7 @@ from ..backbones._small import ContrastNormalization, biases, without_biases
 from ..base import draw_seed, keep_state_on_error, known_normal
 from ..inference import PassOutputs
 from ..inputs import Vectors, chunks
-from ..objectives import compactness, soft_boundary_loss
+from ..objectives import soft_boundary_loss
 from ..scorers._base import row_digests
 from ..training import shuffled_batches
 from ._base import as_unseen, hold_out
@@ -32,6 +32,11 @@ from ._trained import TrainedDetector
 N_OUTPUTS = 32  # where the last layer of a network is not linear
 AWAY = 0.1  # from zero, for each entry of the centre
 CONTRAST = "contrast"
+
+
+def away_from_zero(center: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Keep each entry away from zero, which networks without biases always reach."""
+    return np.where(np.abs(center) < AWAY, np.where(center < 0, -AWAY, AWAY), center)
 
 
 class SphereDetector(TrainedDetector):
@@ -70,30 +75,26 @@ class SphereDetector(TrainedDetector):
             self._normalize_contrast(inputs)
         names = [name for name in self.backbone_.stage_names if name != CONTRAST]
         outputs = self._cut(inputs, tuple(names), rng)
-        readable, _ = self._pass_once(outputs)
+        readable = self._pass_once(outputs)
         rows = np.flatnonzero((labels >= 0) & readable)
         anomalies = np.flatnonzero((labels < 0) & readable)
         self._check_enough(len(rows))
         held_out = hold_out(len(rows), self.validation_fraction, rng)
         trained = rows[~held_out]
         self._project(draw_seed(rng))
-        network = self._network
-        modules = [*network.stages.values(), network.projection]
         if self.pretrain_steps:
             self._pretrain(outputs, np.append(trained, anomalies), rng)
-        network.frozen().to(outputs.task.device)
-        self._center = self._find_center(outputs, trained)
-        self.center_ = self._center.cpu().numpy()
+        self.center_ = away_from_zero(self._outputs(outputs, trained).mean(axis=0))
         self.loss_curve_ = self._train(
             self._losses(outputs, labels, trained, anomalies, rng),
             self.max_steps,
             rng,
-            modules=modules,
+            modules=[self._network],
             training=True,
             weight_decay=self.weight_decay,
         )
         self.n_iter_ = len(self.loss_curve_)
-        found = self._outputs(outputs, rows)
+        found = self._settle(outputs, rows)
         scores = self._score(found)
         self._watch(scores)
         scores[~held_out] = as_unseen(scores[~held_out], scores[held_out])
@@ -141,10 +142,11 @@ class SphereDetector(TrainedDetector):
         last = list(self._network.stages.modules())[-1]
         if isinstance(last, nn.Linear):
             return
-        width = self._network.features(torch.zeros(2, self._n_columns)).shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self._network.projection = nn.Linear(width, N_OUTPUTS, bias=False)
+            self._network.projection = nn.Linear(
+                self._n_features(), N_OUTPUTS, bias=False
+            )
 
     def _pretrain(
         self,
@@ -181,22 +183,10 @@ class SphereDetector(TrainedDetector):
             weight_decay=self.pretrain_weight_decay,
         )
 
-    def _find_center(self, outputs: PassOutputs, rows: NDArray[np.intp]) -> Tensor:
-        """Average the outputs; keep each entry away from zero.
-
-        Zero is what a network without biases can give for all images alike.
-        """
-        found, device = [], outputs.task.device
-        for _, batch in outputs.batches(chunks(rows, self.batch_size)):
-            with torch.no_grad():
-                found.append(self._network(torch.from_numpy(batch).to(device)))
-        center = torch.cat(found).mean(dim=0)
-        away = torch.where(center < 0, -AWAY, AWAY)
-        return torch.where(center.abs() < AWAY, away, center)
-
     def _squared(self, outputs: Tensor) -> Tensor:
         """Give squared distances from the centre."""
-        return (outputs - self._center.to(outputs)).square().sum(dim=1)
+        center = torch.from_numpy(self.center_).to(outputs)
+        return (outputs - center).square().sum(dim=1)
 
     def _losses(
         self,
@@ -512,7 +502,7 @@ class DeepSVDD(SphereDetector):
         for step, (_, batch) in enumerate(stream, 1):
             z = self._network(torch.from_numpy(batch).to(device))
             if self.objective == "one-class":
-                yield compactness(z, self._center)
+                yield self._squared(z).mean()  # Eq. 4
                 continue
             squared = self._squared(z)
             yield soft_boundary_loss(squared, z.new_tensor(self.radius_), self.nu)

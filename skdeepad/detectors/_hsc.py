@@ -377,7 +377,7 @@ class HSCClassifier(ClassifierMixin, TrainedDetector):
         self.classes_, normal = self._check_labels(y, len(inputs))
         rng = check_random_state(self.random_state)
         outputs = self._cut(inputs, self._trained_stages(self.backbone_), rng)
-        readable, features = self._pass_once(outputs)
+        readable = self._pass_once(outputs)
         rows = np.flatnonzero(normal & readable)
         outliers = np.flatnonzero(~normal & readable)
         self._check_enough(len(rows))
@@ -388,8 +388,10 @@ class HSCClassifier(ClassifierMixin, TrainedDetector):
             held_out = hold_out(len(rows), self.validation_fraction, rng)
         whole = set(self.trained_stages_) == set(self.backbone_.stage_names)
         if not whole:
-            self._network.whitening = whitening(features[rows[~held_out]])
-        self._project(features.shape[1], whole, draw_seed(rng))
+            # nothing is behind the features yet
+            features = self._outputs(outputs, rows[~held_out])
+            self._network.whitening = whitening(features)
+        self._project(whole, draw_seed(rng))
         network = self._network
         self.loss_curve_ = self._train(
             self._losses(outputs, rows[~held_out], outliers, rng),
@@ -403,7 +405,7 @@ class HSCClassifier(ClassifierMixin, TrainedDetector):
             weight_decay=self.weight_decay,
         )
         self.n_iter_ = len(self.loss_curve_)
-        self._settle(outputs, rows, held_out)
+        self._learn_threshold(outputs, rows, held_out)
         return self
 
     def _check_labels(
@@ -435,9 +437,9 @@ class HSCClassifier(ClassifierMixin, TrainedDetector):
             )
         return classes, labels == classes[1]
 
-    def _project(self, n_features: int, whole: bool, seed: int) -> None:
+    def _project(self, whole: bool, seed: int) -> None:
         """Put the last layers behind the features."""
-        width = self.projection
+        width, n_features = self.projection, self._n_features()
         last = list(self._network.stages.modules())[-1]
         layers: list[nn.Module] = []
         with torch.random.fork_rng(devices=[]):
@@ -504,18 +506,17 @@ class HSCClassifier(ClassifierMixin, TrainedDetector):
         gamma = self.gamma if self.objective == "focal" else 0.0
         return focal_loss(outputs[:, 0], outlier, gamma)
 
-    def _settle(
+    def _learn_threshold(
         self,
         outputs: PassOutputs,
         rows: NDArray[np.intp],
         held_out: NDArray[np.bool_],
     ) -> None:
-        """Use the network as it is; set the threshold."""
         if self.contamination is None:
             self._held_out = None
             self.offset_ = -math.log(2) if self.objective == "hsc" else 0.0
             rows = rows[:WATCHED]
-        found = self._outputs(outputs, rows)
+        found = self._settle(outputs, rows)
         scores = self._score(found)
         self._watch(scores)
         if self.contamination is not None:

@@ -170,20 +170,30 @@ class TrainedDetector(BackboneDetector):
             dtype=torch.float32,
         )
 
-    def _pass_once(
-        self, outputs: PassOutputs
-    ) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
-        """Pass all samples through the frozen stages; tell which can be read.
+    def _n_features(self) -> int:
+        """Measure how many features the stages give that count."""
+        rows = torch.zeros(1, self._n_columns)
+        with torch.inference_mode():
+            return self._network.frozen().features(rows).shape[1]
 
-        Their features before training are given, too.
-        """
-        self._network.frozen()
-        width = self._network.features(torch.zeros(2, self._n_columns)).shape[1]
-        features = np.full((len(outputs.inputs), width), np.nan, dtype=np.float32)
-        for index, rows in outputs.keep(self._run_frozen(outputs.inputs, False)):
+    def _pass_once(self, outputs: PassOutputs) -> NDArray[np.bool_]:
+        """Pass all samples through the frozen stages; tell which can be read."""
+        readable = np.zeros(len(outputs.inputs), dtype=bool)
+        for index, _ in outputs.keep(self._run_frozen(outputs.inputs, False)):
+            readable[index] = True
+        return readable
+
+    def _outputs(
+        self, outputs: PassOutputs, index: NDArray[np.intp]
+    ) -> NDArray[np.float32]:
+        """Give what the network, as it is, makes of training samples."""
+        network = self._network.frozen()
+        device = outputs.task.device
+        found = []
+        for _, rows in outputs.batches(chunks(index, self.batch_size)):
             with torch.inference_mode():
-                features[index] = self._network.features(torch.from_numpy(rows)).numpy()
-        return ~np.isnan(features).any(axis=1), features
+                found.append(network(torch.from_numpy(rows).to(device)).cpu())
+        return torch.cat(found).numpy()
 
     def _train(
         self,
@@ -227,16 +237,15 @@ class TrainedDetector(BackboneDetector):
                 ) from error
         return np.array(curve)
 
-    def _outputs(
+    def _settle(
         self, outputs: PassOutputs, index: NDArray[np.intp]
     ) -> NDArray[np.float32]:
-        """Give what the network, as it is from now on, makes of training samples."""
+        """Use the network as it is now; give its outputs, as in scoring."""
         self._network.frozen().cpu()
         task = self._end_pass()
         self._widths = task.widths((self._n_columns,))
         batches = outputs.batches(chunks(index, task.batch_size))
-        found = [task.run(torch.from_numpy(rows)) for _, rows in batches]
-        return np.concatenate(found)
+        return np.concatenate([task.run(torch.from_numpy(rows)) for _, rows in batches])
 
     def _watch(self, scores: NDArray[np.float64]) -> None:
         """Warn if all images have one score."""
