@@ -47,6 +47,7 @@ _MODULES = frozenset(
         "inspection",
         "metrics",
         "model_selection",
+        "representation",
         "scorers",
     ]
 )
