@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         HSCClassifier,
         KDClonerEstimator,
         MahalanobisFeatureScorer,
+        OpenSetClassifier,
         PANDAEstimator,
     )
     from .features import BackboneFeatures
@@ -36,6 +37,7 @@ _HOMES = {
     "KNNScorer": "scorers",
     "MahalanobisFeatureScorer": "detectors",
     "OneClassKFold": "model_selection",
+    "OpenSetClassifier": "detectors",
     "PANDAEstimator": "detectors",
 }
 _MODULES = frozenset(
@@ -64,6 +66,7 @@ __all__ = [
     "KNNScorer",
     "MahalanobisFeatureScorer",
     "OneClassKFold",
+    "OpenSetClassifier",
     "PANDAEstimator",
 ]
 

@@ -11,7 +11,7 @@ os.environ["SCIPY_ARRAY_API"] = "1"
 from unittest import SkipTest
 
 import pytest
-from sklearn.base import clone, is_classifier
+from sklearn.base import clone
 from sklearn.covariance import MinCovDet
 from sklearn.ensemble import IsolationForest
 from sklearn.utils import InputTags, get_tags
@@ -41,6 +41,7 @@ from skdeepad import (
     KMeansScorer,
     KNNScorer,
     MahalanobisFeatureScorer,
+    OpenSetClassifier,
     PANDAEstimator,
 )
 
@@ -95,6 +96,8 @@ SETTINGS = [
         objective="soft-boundary", warm_up_steps=5, max_steps=20, pretrain_steps=0
     ),
     DeepSAD(balanced=False, max_steps=10, pretrain_steps=10),
+    OpenSetClassifier(head="cosine", anomaly_score="h", max_steps=50),
+    OpenSetClassifier(n_members=2, reconstruction_weight=0.1, max_steps=50),
 ]
 
 each_estimator = pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
@@ -112,7 +115,7 @@ def test_scikit_learn_check(estimator, check):
 OUTLIER_CHECKS = [
     (estimator, check)
     for estimator in ESTIMATORS + SETTINGS
-    if is_classifier(estimator)
+    if isinstance(estimator, HSCClassifier)
     for check in _yield_outliers_checks(estimator)
 ]
 
@@ -127,7 +130,7 @@ def test_classifiers_are_outlier_detectors_too(estimator, check):
 def test_tags_switch_no_check_off(estimator):
     tags = get_tags(estimator)
     assert tags.input_tags == InputTags()
-    assert not tags.target_tags.required
+    assert tags.target_tags.required == isinstance(estimator, OpenSetClassifier)
     assert not (tags.non_deterministic or tags.no_validation or tags._skip_test)
 
 

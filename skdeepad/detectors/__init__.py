@@ -5,6 +5,7 @@ from ._deep_svdd import DeepSVDD
 from ._hsc import HSCClassifier
 from ._kd_cloner import KDClonerEstimator
 from ._mahalanobis import MahalanobisFeatureScorer
+from ._open_set import OpenSetClassifier
 from ._panda import PANDAEstimator
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "HSCClassifier",
     "KDClonerEstimator",
     "MahalanobisFeatureScorer",
+    "OpenSetClassifier",
     "PANDAEstimator",
 ]

@@ -85,12 +85,12 @@ class SphereDetector(TrainedDetector):
         if self.pretrain_steps:
             self._pretrain(outputs, np.append(trained, anomalies), rng)
         self.center_ = away_from_zero(self._outputs(outputs, trained).mean(axis=0))
+        self._network.train()
         self.loss_curve_ = self._train(
             self._losses(outputs, labels, trained, anomalies, rng),
             self.max_steps,
             rng,
             modules=[self._network],
-            training=True,
             weight_decay=self.weight_decay,
         )
         self.n_iter_ = len(self.loss_curve_)
@@ -166,7 +166,7 @@ class SphereDetector(TrainedDetector):
             decoder = make_decoder(stages, network.shape, unit=unit).to(device)
 
         def losses() -> Iterator[Tensor]:
-            network.to(device)
+            network.to(device).train()
             for _, batch in outputs.batches(batches(rows, self.batch_size, rng)):
                 x = torch.from_numpy(batch).to(device).unflatten(1, network.shape)
                 code = x
@@ -179,7 +179,6 @@ class SphereDetector(TrainedDetector):
             self.pretrain_steps,
             rng,
             modules=[*stages, decoder],
-            training=True,
             weight_decay=self.pretrain_weight_decay,
         )
 

@@ -22,8 +22,6 @@ from sklearn.utils.validation import _check_y
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from ..backbones import Backbone
-from ..backbones._pretrained import is_pretrained
 from ..base import draw_seed, keep_state_on_error
 from ..inference import PassOutputs
 from ..inputs import chunks
@@ -32,15 +30,14 @@ from ..scorers import GaussianScorer
 from ..scorers._base import row_digests
 from ..training import balanced_batches
 from ._base import as_unseen, hold_out
-from ._trained import TrainedDetector
+from ._trained import FineTunedDetector
 
-N_STAGES = 3  # of a pretrained network, by default
 N_OUTPUTS = 64  # where the last layer of a network is not made for the objective
 WATCHED = 1024  # images that are looked at for a collapse
 TAUGHT = 0.01  # an outlier loss below it teaches nothing
 
 
-class HSCClassifier(ClassifierMixin, TrainedDetector):
+class HSCClassifier(ClassifierMixin, FineTunedDetector):
     """Hypersphere classification: known anomalies, or any other images, as teachers.
 
     A network draws normal images to the origin and pushes outliers away from it,
@@ -200,12 +197,10 @@ class HSCClassifier(ClassifierMixin, TrainedDetector):
     """
 
     _parameter_constraints = {  # noqa: RUF012
-        **TrainedDetector._parameter_constraints,
+        **FineTunedDetector._parameter_constraints,
         "objective": [StrOptions({"hsc", "bce", "focal"})],
         "norm": [StrOptions({"pseudo_huber", "l2_squared", "l2", "l1"})],
         "gamma": [Interval(Real, 0, None, closed="left")],
-        "stages": [str, tuple, list, None],
-        "trainable_stages": [str, tuple, list, None],
         "projection": [
             Interval(Integral, 1, None, closed="left"),
             StrOptions({"auto"}),
@@ -314,28 +309,6 @@ class HSCClassifier(ClassifierMixin, TrainedDetector):
             raise ValueError(f"dataset={dataset!r} is not one of {', '.join(numbers)}.")
         return cls(**{"weight_decay": 5e-7, **numbers[dataset], **changes})
 
-    def _default_stages(self, backbone: Backbone) -> Iterable[str]:
-        if self._trains_all(backbone):
-            return backbone.stage_names[-1:]
-        return backbone.block_names[-N_STAGES:]
-
-    def _trains_all(self, backbone: Backbone) -> bool:
-        """Tell whether "auto" lets all stages be trained: none is pretrained."""
-        if self.trainable_stages != "auto":
-            return set(self._trained_stages(backbone)) == set(backbone.stage_names)
-        name = self.backbone
-        named = isinstance(name, str) and (name == "auto" or is_pretrained(name))
-        return backbone.vectors or not named or self.weights is None
-
-    def _trained_stages(self, backbone: Backbone) -> tuple[str, ...]:
-        given = self.trainable_stages
-        if isinstance(given, str) and given == "auto":
-            return backbone.stage_names if self._trains_all(backbone) else ()
-        if given is None or not len(given):
-            return ()
-        given = (given,) if isinstance(given, str) else given
-        return backbone.check_stages(given, "trainable_stages")
-
     @keep_state_on_error
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(self, X: Any, y: ArrayLike | None = None) -> HSCClassifier:
@@ -393,6 +366,8 @@ class HSCClassifier(ClassifierMixin, TrainedDetector):
             self._network.whitening = whitening(features)
         self._project(whole, draw_seed(rng))
         network = self._network
+        for name in self.trained_stages_:
+            network.stages[name].train(whole)
         self.loss_curve_ = self._train(
             self._losses(outputs, rows[~held_out], outliers, rng),
             self.max_steps,
@@ -401,7 +376,6 @@ class HSCClassifier(ClassifierMixin, TrainedDetector):
                 *(network.stages[name] for name in self.trained_stages_),
                 network.projection,
             ],
-            training=whole,
             weight_decay=self.weight_decay,
         )
         self.n_iter_ = len(self.loss_curve_)
@@ -445,9 +419,13 @@ class HSCClassifier(ClassifierMixin, TrainedDetector):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if width == "auto" and not whole:
-                layers.append(nn.Linear(n_features, n_features, bias=False))
-                # so that distances start at about 1, whatever the number of features
-                nn.init.eye_(layers[0].weight).data.div_(math.sqrt(n_features))
+                # ||z||^2 starts at about 1, whatever the number of features, while the
+                # matrix that learns starts at 1, whose steps Adam makes alike
+                for weights in self._network.whitening.parameters():
+                    weights.data.div_(math.sqrt(n_features))
+                identity = nn.Linear(n_features, n_features, bias=False)
+                nn.init.eye_(identity.weight)
+                layers.append(identity)
             elif width == "auto" and not isinstance(last, nn.Linear):
                 layers.append(nn.Linear(n_features, N_OUTPUTS, bias=False))
             elif isinstance(width, Integral):

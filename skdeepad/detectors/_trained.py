@@ -18,12 +18,14 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor, nn
 
 from ..backbones import Backbone
+from ..backbones._pretrained import is_pretrained
 from ..base import draw_seed
 from ..inference import FeaturePass, JunctionPass, PassOutputs, pool, regroup
 from ..inputs import Vectors, chunks
 from ..training import DivergedError, train
 from ._base import BackboneDetector
 
+N_STAGES = 3  # of a pretrained network, by default
 DECAY = 0.1  # of the learning rate at a milestone
 SPREAD = 1e-4  # of scores, relative to their size: less is none
 Rows = Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]
@@ -202,16 +204,18 @@ class TrainedDetector(BackboneDetector):
         rng: np.random.RandomState,
         *,
         modules: Iterable[nn.Module],
-        training: bool,
         weight_decay: float,
+        undecayed: Iterable[Tensor] = (),
     ) -> NDArray[np.float64]:
         """Take one step for each loss, with all weights of these modules."""
-        parameters = []
-        for module in modules:
-            module.requires_grad_(True).train(training)
-            parameters += list(module.parameters())
+        weights = [p for m in modules for p in m.requires_grad_(True).parameters()]
+        held = set(undecayed)
+        groups = [
+            {"params": [p for p in weights if p not in held]},
+            {"params": [p for p in weights if p in held], "weight_decay": 0.0},
+        ]
         optimizer = torch.optim.Adam(
-            parameters, lr=self.learning_rate, weight_decay=weight_decay
+            groups, lr=self.learning_rate, weight_decay=weight_decay
         )
         if not all(0 < m < 1 for m in self.milestones):
             raise ValueError(
@@ -263,9 +267,47 @@ class TrainedDetector(BackboneDetector):
         return self._run(self._junction_pass(), inputs, fitting, row)
 
     def _batches(self, inputs: Vectors, fitting: bool) -> Rows:
+        return self._run_end(self._run_frozen(inputs, fitting))
+
+    def _run_end(self, batches: Rows) -> Rows:
+        """Turn what the frozen stages made of samples into outputs."""
         task = self._end_pass()
-        for index, rows in regroup(self._run_frozen(inputs, fitting), task.batch_size):
+        for index, rows in regroup(batches, task.batch_size):
             yield index, task.run(torch.from_numpy(rows))
+
+
+class FineTunedDetector(TrainedDetector):
+    """Base of those that take pretrained networks, too, frozen or trained in part."""
+
+    _parameter_constraints = {  # noqa: RUF012
+        **TrainedDetector._parameter_constraints,
+        "stages": [str, tuple, list, None],
+        "trainable_stages": [str, tuple, list, None],
+    }
+
+    trainable_stages: Any
+
+    def _default_stages(self, backbone: Backbone) -> Iterable[str]:
+        if self._trains_all(backbone):
+            return backbone.stage_names[-1:]
+        return backbone.block_names[-N_STAGES:]
+
+    def _trains_all(self, backbone: Backbone) -> bool:
+        """Tell whether "auto" lets all stages be trained: none is pretrained."""
+        if self.trainable_stages != "auto":
+            return set(self._trained_stages(backbone)) == set(backbone.stage_names)
+        name = self.backbone
+        named = isinstance(name, str) and (name == "auto" or is_pretrained(name))
+        return backbone.vectors or not named or self.weights is None
+
+    def _trained_stages(self, backbone: Backbone) -> tuple[str, ...]:
+        given = self.trainable_stages
+        if isinstance(given, str) and given == "auto":
+            return backbone.stage_names if self._trains_all(backbone) else ()
+        if given is None or not len(given):
+            return ()
+        given = (given,) if isinstance(given, str) else given
+        return backbone.check_stages(given, "trainable_stages")
 
 
 class Augmentation:

@@ -1,0 +1,672 @@
+"""Detectors from a classifier's own outputs (Garrepalli, 2022; Hsu et al., 2020)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from joblib import Parallel, delayed
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import softmax
+from sklearn.base import ClassifierMixin, _fit_context, clone
+from sklearn.utils import check_consistent_length, check_random_state
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_y, check_is_fitted
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..backbones import Backbone
+from ..backbones._decoder import make_decoder
+from ..base import draw_seed, keep_state_on_error
+from ..inference import JunctionPass, PassOutputs, fingerprint, frozen_copy
+from ..inputs import Vectors
+from ..scorers._base import row_digests
+from ..training import shuffled_batches
+from ._base import as_unseen, hold_out
+from ._trained import FineTunedDetector, TrainedEnd
+
+GODIN = ("inner", "cosine", "euclidean")
+SCORES = ("max_logit", "max_softmax", "entropy", "energy", "h", "g")
+TINY = 1e-4  # added to norms, as in the code of Guyer
+
+
+class Deconfidence(nn.Module):
+    """The head of Generalized ODIN: logits ``h_i(z) / g(z)``.
+
+    Parameters
+    ----------
+    kind : {"inner", "cosine", "euclidean"}
+        h: ``w_i z + b_i``; the cosine of z and w_i; ``-mean_j (z_j - w_ij)^2``.
+    n_features, n_classes : int
+    """
+
+    def __init__(self, kind: str, n_features: int, n_classes: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.weight = nn.Parameter(torch.empty(n_classes, n_features))
+        nn.init.kaiming_normal_(self.weight, nonlinearity="relu")
+        self.bias = nn.Parameter(torch.zeros(n_classes)) if kind == "inner" else None
+        self.g = nn.Sequential(
+            nn.Linear(n_features, 1), nn.BatchNorm1d(1), nn.Sigmoid()
+        )
+
+    def h(self, z: Tensor) -> Tensor:
+        """Give each class's h."""
+        if self.kind == "inner":
+            return F.linear(z, self.weight, self.bias)
+        if self.kind == "cosine":
+            lengths = [v.norm(dim=1, keepdim=True) + TINY for v in (z, self.weight)]
+            return (z / lengths[0]) @ (self.weight / lengths[1]).T
+        return -(z[:, None] - self.weight).square().mean(dim=2)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Give the logits, h and g, side by side."""
+        h, g = self.h(z), self.g(z)
+        return torch.cat([h / g, h, g], dim=1)
+
+
+def normality(outputs: Tensor, score: str, n_classes: int) -> Tensor:
+    """Score outputs; the higher, the more like a known class.
+
+    Parameters
+    ----------
+    outputs : Tensor of shape (n_samples, n_outputs)
+        The logits, and behind them h and g if the head is Generalized ODIN's.
+    score : {"max_logit", "max_softmax", "entropy", "energy", "h", "g"}
+        What `OpenSetClassifier` describes.
+    n_classes : int
+
+    Returns
+    -------
+    Tensor of shape (n_samples,)
+    """
+    logits = outputs[:, :n_classes]
+    if score == "h":
+        return outputs[:, n_classes : 2 * n_classes].amax(dim=1)
+    if score == "g":
+        return outputs[:, -1]
+    if score == "max_logit":
+        return logits.amax(dim=1)
+    if score == "energy":
+        return logits.logsumexp(dim=1)
+    log_p = logits.log_softmax(dim=1)
+    if score == "max_softmax":
+        return log_p.amax(dim=1).exp()
+    return (log_p.exp() * log_p).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class PerturbedPass(JunctionPass):
+    """`JunctionPass` of images that were first changed so that they score higher."""
+
+    end: TrainedEnd
+    score: str
+    n_classes: int
+    size: float
+
+    def _outputs(self, network: Backbone, x: Tensor) -> list[Tensor]:
+        end = frozen_copy(self.end, x.device, torch.float32)
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x.clone().requires_grad_()
+            rows = torch.cat(super()._outputs(network, x), dim=1)
+            scores = normality(end(rows), self.score, self.n_classes)
+            (slope,) = torch.autograd.grad(scores.sum(), x)
+        return super()._outputs(network, x.detach() + self.size * slope.sign())
+
+    def key(self) -> str:
+        """Name this pass: the same name, the same rows."""
+        told = self.score, self.size, fingerprint(self.end)
+        return f"{super().key()}-{told}"
+
+
+class OpenSetClassifier(ClassifierMixin, FineTunedDetector):
+    """A classifier of known classes that also tells what belongs to none of them.
+
+    A network learns the known classes under cross-entropy; how sure it is of an image
+    says whether the image belongs to a known class at all [1]_. It is a classifier
+    (`predict` gives known classes), and a detector besides: `score_samples`, and
+    `predict_known` by a threshold.
+
+    Parameters
+    ----------
+    backbone : str, torch.nn.Module or callable, default="auto"
+        The network: a name of `skdeepad.backbones.list_backbones`, a module (a copy
+        is taken), or a function that makes one. "auto" is "efficientnet_lite0" for
+        images and "mlp" for vectors.
+    weights : "default", "download", None or path, default="default"
+        Pretrained weights as found on this machine; the same, fetched first; random
+        ones; or a state dict's file. See `skdeepad.backbones.load_backbone`.
+    head : {"linear", "inner", "cosine", "euclidean", "given"}, default="linear"
+        What turns features into logits. "linear": one layer. "inner", "cosine",
+        "euclidean": Generalized ODIN's ``h_i(z) / g(z)`` [2]_, with that h. "given":
+        `backbone` is a classifier that is trained already, and gives logits; nothing
+        is trained.
+    anomaly_score : {"max_logit", "max_softmax", "entropy", "energy", "h", "g"}, \
+default="max_logit"
+        The largest logit; the largest probability; minus the entropy of the
+        probabilities, in nats; ``log sum exp`` of the logits; for Generalized ODIN
+        also the largest ``h_i``, or g. Higher = more normal.
+    perturbation : float, default=0.0
+        By how much each pixel, in [0, 1], is changed towards a higher score before
+        images are scored: ``x + perturbation * sign(d score / dx)``, as in ODIN. It
+        takes a pass and a half more, in float32.
+    reconstruction_weight : float, default=0.0
+        Lambda of the hybrid network [1]_: a decoder gives the image back from the
+        features, and lambda times the squared error per pixel is added to the loss.
+        The paper has 0.9 for CIFAR-10. Only where all stages are trained.
+    n_members : int, default=1
+        Members of a deep ensemble: each trained from another seed; scores and
+        probabilities are averaged.
+    n_jobs : int, default=None
+        How many members are trained at once, as in joblib.
+    stages : str or sequence of str, default=None
+        The stages whose outputs, averaged over positions, are the features. None:
+        the last three of a pretrained network ("pool" and "conv_head" not counted,
+        which only restate the stage before them), and the last one of others.
+    trainable_stages : "auto", None, str or sequence of str, default="auto"
+        The stages that are trained. "auto": all stages of a network with random
+        weights and of a given module, none of a pretrained one. None: none. Where
+        all are trained, BatchNorm learns, too.
+    max_steps : int, default=500
+        Number of mini-batches.
+    learning_rate : float, default=0.001
+        Of Adam.
+    milestones : sequence of float, default=()
+        At these shares of the steps, in (0, 1), the learning rate falls to a tenth.
+    weight_decay : float, default=0.0
+        Of Adam; h of Generalized ODIN has none.
+    augmentation : "paper", None or callable, default=None
+        As in `HSCClassifier`.
+    validation_fraction : float, default=0.1
+        Share of the images that is not trained on, in (0, 0.5): they set the
+        threshold. At least 20 images, or a third of fewer than 60.
+    contamination : float, default=0.05
+        Share of new images of known classes that may fall below the threshold, in
+        (0, 0.5].
+    image_size : int or (int, int), default=None
+        Height and width in pixels that images are resized to (bilinear, antialiased,
+        aspect not kept). None: what the network was trained on, or else the images'
+        own. Smaller is faster: cost goes with the area.
+    image_shape : (int, int, int) or (int, int), default=None
+        (channels, height, width) or (height, width) of one image, where X does not
+        tell: rows that are flattened images, or an ambiguous channel axis.
+    batch_size : int, default=128
+        How many images the network sees at once, in training and in scoring.
+    max_cache_bytes : int, default=2**30
+        What frozen stages make of the training images (the images themselves, if no
+        stage is frozen) is kept in memory if it takes no more than this, and computed
+        again in each epoch otherwise. Scores are the same.
+    memory : str, path or joblib.Memory, default=None
+        Folder in which what the frozen stages make of images is kept by the content
+        of the image.
+    on_error : {"raise", "skip"}, default="raise"
+        What to do about image files that cannot be read: raise an error that names
+        them all, or warn, leave them out of `fit` and score them NaN.
+    device : str, default="auto"
+        Device of torch's. "auto": CUDA or MPS where there is one, else the CPU.
+    precision : {"auto", "float32", "bfloat16"}, default="auto"
+        Of the frozen stages: "auto" runs images in bfloat16 where the processor is
+        made for it (AMX, CUDA). What is trained is in float32.
+    random_state : int, RandomState instance or None, default=None
+        Seeds random weights, the held-out share, mini-batches and augmentation.
+    verbose : bool or int, default=False
+        Whether to show a progress bar. In `fit`, scikit-learn's callbacks are served
+        too (1.9 and later).
+
+    Attributes
+    ----------
+    classes_ : ndarray of shape (n_classes,)
+        The known classes, sorted.
+    backbone_ : skdeepad.backbones.Backbone
+        The network, as trained.
+    estimators_ : list of OpenSetClassifier
+        The members of an ensemble; none, if there is but one.
+    stages_ : tuple of str
+        The stages that give the features.
+    trained_stages_ : tuple of str
+        The stages that were trained.
+    loss_curve_ : ndarray of shape (n_iter_,)
+        The loss of each mini-batch; of an ensemble, the members' mean.
+    n_iter_ : int
+        Number of steps taken.
+    offset_ : float
+        The threshold on ``score_samples``: the `contamination` quantile of the
+        training images' scores, brought to the level of held-out images.
+    image_size_ : (int, int) or None
+        Size at which the network runs; None for vectors.
+    image_shape_in_ : (int, int, int) or None
+        (channels, height, width) of the arrays seen in `fit`; None for files and
+        vectors.
+    n_features_in_ : int
+        Number of columns seen in `fit`, where X was 2-D.
+    feature_names_in_ : ndarray of str
+        Names of the columns, where X had them.
+
+    See Also
+    --------
+    skdeepad.representation.oracle : What the representation knows, beside it.
+
+    References
+    ----------
+    .. [1] R. Garrepalli, "Oracle Analysis of Representations for Deep Open Set
+       Detection", arXiv:2209.11350, 2022.
+    .. [2] Y.-C. Hsu et al., "Generalized ODIN: Detecting Out-of-distribution Image
+       without Learning from Out-of-distribution Data", CVPR 2020.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from skdeepad import OpenSetClassifier
+    >>> X, y = load_digits(return_X_y=True)
+    >>> X, known = X.reshape(-1, 8, 8) / 16, y < 6
+    >>> model = OpenSetClassifier("mnist_lenet", max_steps=100, random_state=0)
+    >>> model = model.fit(X[known][:500], y[known][:500])
+    >>> bool(model.score(X[known][500:], y[known][500:]) > 0.9)
+    True
+    >>> scores = model.score_samples(X)
+    >>> bool(scores[known].mean() > scores[~known].mean())
+    True
+    """
+
+    _parameter_constraints = {  # noqa: RUF012
+        **FineTunedDetector._parameter_constraints,
+        "head": [StrOptions({"linear", "given", *GODIN})],
+        "anomaly_score": [StrOptions(set(SCORES))],
+        "perturbation": [Interval(Real, 0, None, closed="left")],
+        "reconstruction_weight": [Interval(Real, 0, None, closed="left")],
+        "n_members": [Interval(Integral, 1, None, closed="left")],
+        "n_jobs": [Integral, None],
+    }
+
+    def __init__(
+        self,
+        backbone: Any = "auto",
+        *,
+        weights: str | Path | None = "default",
+        head: str = "linear",
+        anomaly_score: str = "max_logit",
+        perturbation: float = 0.0,
+        reconstruction_weight: float = 0.0,
+        n_members: int = 1,
+        n_jobs: int | None = None,
+        stages: str | Iterable[str] | None = None,
+        trainable_stages: str | Iterable[str] | None = "auto",
+        max_steps: int = 500,
+        learning_rate: float = 0.001,
+        milestones: Iterable[float] = (),
+        weight_decay: float = 0.0,
+        augmentation: Any = None,
+        validation_fraction: float = 0.1,
+        contamination: float = 0.05,
+        image_size: int | tuple[int, int] | None = None,
+        image_shape: tuple[int, ...] | None = None,
+        batch_size: int = 128,
+        max_cache_bytes: int = 2**30,
+        memory: Any = None,
+        on_error: str = "raise",
+        device: str = "auto",
+        precision: str = "auto",
+        random_state: int | np.random.RandomState | None = None,
+        verbose: bool | int = False,
+    ) -> None:
+        self.backbone = backbone
+        self.weights = weights
+        self.head = head
+        self.anomaly_score = anomaly_score
+        self.perturbation = perturbation
+        self.reconstruction_weight = reconstruction_weight
+        self.n_members = n_members
+        self.n_jobs = n_jobs
+        self.stages = stages
+        self.trainable_stages = trainable_stages
+        self.max_steps = max_steps
+        self.learning_rate = learning_rate
+        self.milestones = milestones
+        self.weight_decay = weight_decay
+        self.augmentation = augmentation
+        self.validation_fraction = validation_fraction
+        self.contamination = contamination
+        self.image_size = image_size
+        self.image_shape = image_shape
+        self.batch_size = batch_size
+        self.max_cache_bytes = max_cache_bytes
+        self.memory = memory
+        self.on_error = on_error
+        self.device = device
+        self.precision = precision
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @keep_state_on_error
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X: Any, y: ArrayLike | None = None) -> OpenSetClassifier:
+        """Train the network on images of known classes.
+
+        Parameters
+        ----------
+        X : array-like or sequence of paths
+            ``(n, d)`` vectors or flattened images; ``(n, height, width)``,
+            ``(n, height, width, channels)`` or ``(n, channels, height, width)``
+            images, uint8 or floats in [0, 1]; or paths of image files.
+        y : array-like of shape (n_samples,)
+            Their classes, two at least. With ``head="given"`` only the classes'
+            names are learnt: sorted, they stand for the logits; None for numbers.
+
+        Returns
+        -------
+        OpenSetClassifier
+            The classifier itself.
+
+        Raises
+        ------
+        ValueError
+            If X, y or a parameter is not what is described here, or if training
+            diverges.
+        FileNotFoundError
+            If image files, or the weights, are missing.
+        """
+        if self.anomaly_score in ("h", "g") and self.head not in GODIN:
+            raise ValueError(
+                f"anomaly_score={self.anomaly_score!r} is Generalized ODIN's; set head "
+                f"to one of {', '.join(GODIN)}."
+            )
+        inputs = self._fit_inputs(X)
+        targets = self._check_classes(y, len(inputs))
+        rng = check_random_state(self.random_state)
+        if self.n_members > 1:
+            return self._fit_members(X, y, inputs, rng)
+        trained = () if self.head == "given" else self._trained_stages(self.backbone_)
+        outputs = self._cut(inputs, trained, rng)
+        rows = np.flatnonzero(self._pass_once(outputs))
+        self._check_enough(len(rows))
+        held_out = hold_out(len(rows), self.validation_fraction, rng)
+        self._put_head(draw_seed(rng))
+        if self.head == "given":
+            held_out[:] = True  # nothing is trained on
+            self.loss_curve_ = np.empty(0)
+        else:
+            self._learn(outputs, targets, rows[~held_out], rng)
+        self.n_iter_ = len(self.loss_curve_)
+        self.estimators_: list[OpenSetClassifier] = []
+        found = self._settle(outputs, rows)
+        if self.perturbation:
+            found = self._all_features(inputs)[rows]
+        scores = self._score(found)
+        self._watch(scores)
+        if not held_out.all():
+            scores[~held_out] = as_unseen(scores[~held_out], scores[held_out])
+        self._set_threshold(row_digests(found), scores)
+        return self
+
+    def _check_classes(self, y: ArrayLike | None, n: int) -> NDArray[np.intp]:
+        """Learn the classes' names; give each sample's number."""
+        if y is None:
+            if self.head != "given":
+                raise ValueError(
+                    f"{type(self).__name__} requires y to be passed, but the target y "
+                    "is None."
+                )
+            self.classes_ = np.arange(self._given_logits())
+            return np.zeros(n, dtype=np.intp)
+        labels = _check_y(y, estimator=self)
+        check_classification_targets(labels)
+        check_consistent_length(labels, np.empty(n))
+        self.classes_, numbers = np.unique(labels, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise ValueError(
+                f"y has one class only, {self.classes_.tolist()[0]!r}; a classifier "
+                "needs two. For one class, see MahalanobisFeatureScorer."
+            )
+        if self.head == "given" and len(self.classes_) != self._given_logits():
+            raise ValueError(
+                f"y has {len(self.classes_)} classes, but the given classifier has "
+                f"{self._given_logits()} logits; leave y out, and classes are numbers."
+            )
+        return numbers
+
+    def _given_logits(self) -> int:
+        """Count the logits of a classifier that is trained already."""
+        head, width = self.backbone_.head, self._widths[-1]
+        if head is None:
+            return width
+        with torch.inference_mode():
+            return int(head(torch.zeros(2, width)).shape[1])
+
+    def _default_stages(self, backbone: Backbone) -> Iterable[str]:
+        if self.head == "given":
+            return backbone.stage_names[-1:]
+        return super()._default_stages(backbone)
+
+    def _put_head(self, seed: int) -> None:
+        """Put what gives the logits behind the features."""
+        n_features, n_classes = self._n_features(), len(self.classes_)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if self.head in GODIN:
+                head: nn.Module = Deconfidence(self.head, n_features, n_classes)
+            elif self.head == "given":
+                head = copy.deepcopy(self.backbone_.head) or nn.Identity()
+            else:
+                head = nn.Linear(n_features, n_classes)
+        self._network.projection = head
+
+    def _learn(
+        self,
+        outputs: PassOutputs,
+        targets: NDArray[np.intp],
+        rows: NDArray[np.intp],
+        rng: np.random.RandomState,
+    ) -> None:
+        """Train network and head, and a decoder with them."""
+        network = self._network
+        whole = set(self.trained_stages_) == set(self.backbone_.stage_names)
+        modules = [network.stages[name].train(whole) for name in self.trained_stages_]
+        head = network.projection.train()
+        modules.append(head)
+        undecayed = []
+        if isinstance(head, Deconfidence):  # as in the paper: h is not decayed
+            undecayed = [head.weight] if head.bias is None else [head.weight, head.bias]
+        decoder = None
+        if self.reconstruction_weight:
+            decoder = self._make_decoder(whole, outputs, draw_seed(rng))
+            modules.append(decoder)
+        self.loss_curve_ = self._train(
+            self._losses(outputs, targets, rows, decoder, rng),
+            self.max_steps,
+            rng,
+            modules=modules,
+            undecayed=undecayed,
+            weight_decay=self.weight_decay,
+        )
+
+    def _make_decoder(self, whole: bool, outputs: PassOutputs, seed: int) -> nn.Module:
+        """Mirror the network."""
+        if not whole:
+            raise ValueError(
+                "reconstruction_weight needs all stages to be trained, so that "
+                "features can learn what images are: set trainable_stages to all, or "
+                "weights=None."
+            )
+        backbone = self.backbone_
+        unit = not backbone.vectors and (backbone.mean, backbone.std) == (
+            (0.0,),
+            (1.0,),
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            stages = self._network.stages.values()
+            decoder = make_decoder(stages, self._network.shape, unit=unit)
+        return decoder.to(outputs.task.device)
+
+    def _losses(
+        self,
+        outputs: PassOutputs,
+        targets: NDArray[np.intp],
+        rows: NDArray[np.intp],
+        decoder: nn.Module | None,
+        rng: np.random.RandomState,
+    ) -> Iterator[Tensor]:
+        """Give the loss of one mini-batch after the other, without end."""
+        device = outputs.task.device
+        network = self._network.to(device)
+        n_classes = len(self.classes_)
+        # BatchNorm cannot learn from one sample
+        drawn = (
+            index if len(index) > 1 else np.repeat(index, 2)
+            for index in shuffled_batches(rows, self.batch_size, rng)
+        )
+        for index, batch in outputs.batches(drawn):
+            x = torch.from_numpy(batch).to(device)
+            logits = network(x)[:, :n_classes]
+            wanted = torch.from_numpy(targets[index]).to(device)
+            loss = F.cross_entropy(logits, wanted)
+            if decoder is not None:
+                image = x.unflatten(1, network.shape)
+                code = image
+                for stage in network.stages.values():
+                    code = stage(code)
+                error = F.mse_loss(decoder(code), image)
+                loss = loss + self.reconstruction_weight * error
+            yield loss
+
+    def _fit_members(
+        self, X: Any, y: Any, inputs: Vectors, rng: np.random.RandomState
+    ) -> OpenSetClassifier:
+        """Fit the members of an ensemble, each from a seed of its own."""
+        members = [
+            clone(self).set_params(
+                n_members=1, n_jobs=None, verbose=False, random_state=draw_seed(rng)
+            )
+            for _ in range(self.n_members)
+        ]
+        self.estimators_ = Parallel(n_jobs=self.n_jobs)(
+            delayed(member.fit)(X, y) for member in members
+        )
+        first = self.estimators_[0]
+        self.backbone_, self.trained_stages_ = first.backbone_, first.trained_stages_
+        curves = [member.loss_curve_ for member in self.estimators_]
+        self.loss_curve_, self.n_iter_ = np.mean(curves, axis=0), len(curves[0])
+        # members score what they were trained on as if it were new
+        scores = self.score_samples(X)
+        self._set_offset(scores[np.isfinite(scores)])
+        return self
+
+    def _batches(self, inputs: Vectors, fitting: bool) -> Any:
+        if not self.perturbation:
+            return super()._batches(inputs, fitting)
+        task = PerturbedPass(
+            **{**vars(self._junction_pass()), "dtype": torch.float32},
+            end=self._network,
+            score=self.anomaly_score,
+            n_classes=len(self.classes_),
+            size=self.perturbation,
+        )
+        row = np.float32, (self._n_columns,)
+        return self._run_end(self._run(task, inputs, fitting, row))
+
+    def _score(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
+        outputs = torch.from_numpy(features.astype(np.float64))
+        return normality(outputs, self.anomaly_score, len(self.classes_)).numpy()
+
+    def score_samples(self, X: Any) -> NDArray[np.float64]:
+        """Score images; the higher, the more like an image of a known class.
+
+        Parameters
+        ----------
+        X : array-like or sequence of paths
+            Images, in any form that `fit` takes.
+
+        Returns
+        -------
+        ndarray of float64, shape (n_samples,)
+            `anomaly_score`, averaged over members; NaN for files skipped by
+            ``on_error="skip"``. An image that was trained on gets the score that it
+            would have as a new one.
+        """
+        check_is_fitted(self)
+        if not self.estimators_:
+            return super().score_samples(X)
+        return np.mean([m.score_samples(X) for m in self.estimators_], axis=0)
+
+    def decision_function(self, X: Any) -> NDArray[np.float64]:
+        """Give the classes' logits.
+
+        Parameters
+        ----------
+        X : array-like or sequence of paths
+            Images, in any form that `fit` takes.
+
+        Returns
+        -------
+        ndarray of float64, shape (n_samples, n_classes) or (n_samples,)
+            For two classes, the second's less the first's; of an ensemble, the
+            logarithms of the mean probabilities. For the decision whether an image is
+            of a known class at all, see `predict_known`.
+        """
+        check_is_fitted(self)
+        if self.estimators_:
+            p = np.mean([m.predict_proba(X) for m in self.estimators_], axis=0)
+            logits = np.log(np.maximum(p, np.finfo(np.float64).tiny))
+        else:
+            outputs = self._all_features(self._check_inputs(X)).astype(np.float64)
+            logits = outputs[:, : len(self.classes_)]
+        return logits if len(self.classes_) > 2 else logits[:, 1] - logits[:, 0]
+
+    def predict(self, X: Any) -> NDArray[Any]:
+        """Tell the most probable of the known classes.
+
+        Parameters
+        ----------
+        X : array-like or sequence of paths
+            Images, in any form that `fit` takes.
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+            Known classes, for images of others too: see `predict_known`.
+        """
+        decision = self.decision_function(X)
+        if decision.ndim == 1:
+            return self.classes_[(decision > 0).astype(np.intp)]
+        return self.classes_[decision.argmax(axis=1)]
+
+    def predict_proba(self, X: Any) -> NDArray[np.float64]:
+        """Give the probabilities of the known classes.
+
+        Parameters
+        ----------
+        X : array-like or sequence of paths
+            Images, in any form that `fit` takes.
+
+        Returns
+        -------
+        ndarray of float64, shape (n_samples, n_classes)
+            Softmax of the logits, averaged over members.
+        """
+        decision = self.decision_function(X)
+        if decision.ndim == 1:
+            decision = np.column_stack([np.zeros_like(decision), decision])
+        return softmax(decision, axis=1)
+
+    def predict_known(self, X: Any) -> NDArray[np.int_]:
+        """Tell images of known classes from others.
+
+        Parameters
+        ----------
+        X : array-like or sequence of paths
+            Images, in any form that `fit` takes.
+
+        Returns
+        -------
+        ndarray of int, shape (n_samples,)
+            +1 where ``score_samples`` reaches the threshold, -1 elsewhere: for images
+            of unknown classes, and for files that were skipped.
+        """
+        return np.where(self.score_samples(X) >= self.offset_, 1, -1)
