@@ -24,7 +24,12 @@ import pandas as pd
 from _common import ROOT, environment, write_json
 from sklearn.metrics import roc_auc_score
 
-from skdeepad import DeepSVDD, OpenSetClassifier
+from skdeepad import (
+    BackboneFeatures,
+    ClassGaussianScorer,
+    DeepSVDD,
+    OpenSetClassifier,
+)
 from skdeepad.backbones import load_backbone
 from skdeepad.datasets import load_fashion_mnist
 from skdeepad.inspection import RepresentationDisplay
@@ -146,11 +151,30 @@ def measure(
         auroc = float(100 * roc_auc_score(normal, model.score_samples(images)))
         rows[f"{name}, {score}"] = {"auroc": auroc, "accuracy": accuracy}
     if not model.estimators_:
+        for score, auroc in mahalanobis_aurocs(model, parts).items():
+            rows[f"{name}, {score}"] = {"auroc": auroc, "accuracy": accuracy}
         rows[f"{name}, oracle"] = {
             "auroc": oracle_auroc(model, parts, trees),
             "accuracy": accuracy,
         }
     return rows
+
+
+def mahalanobis_aurocs(model: Any, parts: dict[str, Any]) -> dict[str, float]:
+    """Measure class-conditional Gaussians, of the last and of all stages."""
+    images, target, normal = parts["train"]
+    known = normal == 1
+    found = {}
+    for what, stages in (("last", None), ("all", model.backbone_.stage_names)):
+        features = BackboneFeatures(model.backbone_, stages=stages, batch_size=128)
+        train = features.fit_transform(images[known])
+        test = features.transform(parts["test"][0])
+        for relative in (False, True):
+            scorer = ClassGaussianScorer(relative=relative).fit(train, target[known])
+            auroc = 100 * roc_auc_score(parts["test"][2], scorer.score_samples(test))
+            kind = "relative Mahalanobis" if relative else "Mahalanobis"
+            found[f"{kind}, {what}"] = float(auroc)
+    return found
 
 
 def oracle_auroc(model: Any, parts: dict[str, Any], trees: int) -> float:

@@ -21,13 +21,20 @@ if TYPE_CHECKING:
     )
     from .features import BackboneFeatures
     from .model_selection import OneClassKFold
-    from .scorers import CentroidScorer, GaussianScorer, KMeansScorer, KNNScorer
+    from .scorers import (
+        CentroidScorer,
+        ClassGaussianScorer,
+        GaussianScorer,
+        KMeansScorer,
+        KNNScorer,
+    )
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "BackboneFeatures": "features",
     "CentroidScorer": "scorers",
+    "ClassGaussianScorer": "scorers",
     "DeepSAD": "detectors",
     "DeepSVDD": "detectors",
     "GaussianScorer": "scorers",
@@ -57,6 +64,7 @@ _MODULES = frozenset(
 __all__ = [
     "BackboneFeatures",
     "CentroidScorer",
+    "ClassGaussianScorer",
     "DeepSAD",
     "DeepSVDD",
     "GaussianScorer",

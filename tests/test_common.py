@@ -33,6 +33,7 @@ import skdeepad
 from skdeepad import (
     BackboneFeatures,
     CentroidScorer,
+    ClassGaussianScorer,
     DeepSAD,
     DeepSVDD,
     GaussianScorer,
@@ -73,6 +74,7 @@ SETTINGS = [
     KMeansScorer(metric="cosine"),
     CentroidScorer(metric="euclidean"),
     CentroidScorer(metric="cosine"),
+    ClassGaussianScorer(relative=True),
     GaussianScorer("oas"),
     GaussianScorer("empirical"),
     GaussianScorer("diagonal", contamination=0.5),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
 from scipy.spatial.distance import cdist
 from scipy.stats import ortho_group
 from sklearn.base import clone
@@ -21,7 +22,13 @@ from sklearn.covariance import (
 )
 from sklearn.model_selection import KFold
 
-from skdeepad.scorers import CentroidScorer, GaussianScorer, KMeansScorer, KNNScorer
+from skdeepad.scorers import (
+    CentroidScorer,
+    ClassGaussianScorer,
+    GaussianScorer,
+    KMeansScorer,
+    KNNScorer,
+)
 
 METRICS = ["sqeuclidean", "euclidean", "cosine"]
 GAUSSIANS = {
@@ -551,3 +558,57 @@ def test_a_failing_fit_changes_nothing(scorer, method):
                 getattr(scorer, method)(rows, y)
             assert vars(scorer) == before
     np.testing.assert_array_equal(scorer.score_samples(NEW), expected)
+
+
+# ------------------------------------------------------------- several normal classes
+
+
+@pytest.fixture(scope="module")
+def classes():
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(4, 4))
+    means = rng.normal(scale=6, size=(3, 4))
+    y = np.arange(240) % 3
+    return rng.normal(size=(240, 4)) @ mixing + means[y], y
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_distance_to_the_nearest_class(classes, relative):
+    X, y = classes
+    scorer = ClassGaussianScorer(relative=relative).fit(X, y)
+    means = np.array([X[y == k].mean(axis=0) for k in range(3)])
+    assert_allclose(scorer.means_, means)
+    assert_array_equal(scorer.classes_, range(3))
+    new = np.random.default_rng(1).normal(scale=5, size=(30, 4))
+    within = LedoitWolf().fit(X - means[y]).get_precision()
+    squared = [np.einsum("ij,jk,ik->i", new - m, within, new - m) for m in means]
+    expected = -np.sqrt(np.min(squared, axis=0))
+    if relative:
+        overall = LedoitWolf().fit(X).mahalanobis(new)
+        expected = overall - np.min(squared, axis=0)
+    assert_allclose(scorer.score_samples(new), expected, rtol=1e-6)
+
+
+def test_one_class_is_the_gaussian(classes):
+    X, _ = classes
+    new = X[:9] + 0.1
+    expected = GaussianScorer().fit(X).score_samples(new)
+    for y in (None, np.ones(240), np.full(240, 7), np.linspace(0, 1, 240)):
+        found = ClassGaussianScorer().fit(X, y).score_samples(new)
+        assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_anomalies_among_classes_are_left_out(classes):
+    X, y = classes
+    labels = np.where(np.arange(240) < 5, -1, y)
+    found = ClassGaussianScorer().fit(X, labels).score_samples(X[:5])
+    expected = ClassGaussianScorer().fit(X[5:], y[5:]).score_samples(X[:5])
+    assert_allclose(found, expected)
+    assert 0 < np.mean(ClassGaussianScorer().fit(X, y).predict(X) == -1) < 0.1
+
+
+def test_a_class_of_one_sample(classes):
+    X, y = classes
+    scorer = ClassGaussianScorer().fit(X, np.where(np.arange(240) == 0, 9, y))
+    assert_array_equal(scorer.classes_, [0, 1, 2, 9])
+    assert np.isfinite(scorer.score_samples(X)).all()

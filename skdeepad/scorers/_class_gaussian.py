@@ -1,0 +1,168 @@
+"""Mahalanobis distance to the nearest of several normal classes (Lee et al., 2018)."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import _fit_context
+from sklearn.model_selection import KFold
+from sklearn.utils._param_validation import StrOptions
+from sklearn.utils.validation import _num_samples
+
+from ..base import keep_state_on_error, known_normal
+from ._base import HeldOutScores, Scorer, row_digests
+from ._gaussian import GaussianScorer
+
+
+def class_numbers(y: ArrayLike | None, n: int) -> NDArray[np.intp]:
+    """Give the class of each sample, -1 for known anomalies; 1 where there is none."""
+    if y is None:
+        return np.ones(n, dtype=np.intp)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 0 and 1 are classes here
+        known_normal(y, n)
+    labels = np.asarray(y, dtype=np.float64).ravel()
+    whole = np.array_equal(labels, np.round(labels)) and labels.min() >= -1
+    return labels.astype(np.intp) if whole else np.ones(n, dtype=np.intp)
+
+
+class ClassGaussianScorer(Scorer):
+    """Mahalanobis distance to the nearest of several normal classes.
+
+    ``min_k sqrt((x - mu_k)' Sigma^-1 (x - mu_k))`` for each class's mean ``mu_k`` and
+    one covariance ``Sigma`` of all samples about their class's mean [1]_. With one
+    class it is `GaussianScorer`.
+
+    Parameters
+    ----------
+    relative : bool, default=False
+        Whether the squared distance from the mean of all classes, under the covariance
+        of all samples, is taken from the squared one [2]_, so that what is unusual
+        about all classes alike does not count:
+        ``min_k d_k(x)^2 - d_0(x)^2``.
+    covariance : {"ledoit_wolf", "oas", "diagonal"}, default="ledoit_wolf"
+        How both covariances are estimated; see `GaussianScorer`.
+    contamination : float, default=0.05
+        Share of new normal samples that may fall below the threshold, in (0, 0.5].
+
+    Attributes
+    ----------
+    classes_ : ndarray of shape (n_classes,)
+        The normal classes.
+    means_ : ndarray of float64, shape (n_classes, n_features)
+        Their means.
+    offset_ : float
+        The threshold on ``score_samples``: the `contamination` quantile of the
+        training samples' scores under ten-fold cross-fitting.
+    n_features_in_ : int
+        Number of features seen in `fit`.
+    feature_names_in_ : ndarray of str
+        Names of the features, where X had them.
+
+    See Also
+    --------
+    skdeepad.OpenSetClassifier : Learns the classes, and scores by its own outputs.
+
+    Notes
+    -----
+    Behind ``BackboneFeatures(stages=...)`` it is the multi-stage detector of [1]_, of
+    all stages' features side by side.
+
+    References
+    ----------
+    .. [1] K. Lee et al., "A Simple Unified Framework for Detecting
+       Out-of-Distribution Samples and Adversarial Attacks", NeurIPS 2018.
+    .. [2] J. Ren et al., "A Simple Fix to Mahalanobis Distance for Improving Near-OOD
+       Detection", arXiv:2106.09022, 2021.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skdeepad.scorers import ClassGaussianScorer
+    >>> rng = np.random.default_rng(0)
+    >>> X = np.concatenate([rng.normal(0, 1, (100, 2)), rng.normal(9, 1, (100, 2))])
+    >>> scorer = ClassGaussianScorer().fit(X, np.repeat([0, 1], 100))
+    >>> scorer.predict([[9.0, 9.0], [4.5, 4.5]])
+    array([ 1, -1])
+    """
+
+    _parameter_constraints = {  # noqa: RUF012
+        **Scorer._parameter_constraints,
+        "relative": ["boolean"],
+        "covariance": [StrOptions({"ledoit_wolf", "oas", "diagonal"})],
+    }
+
+    def __init__(
+        self,
+        *,
+        relative: bool = False,
+        covariance: str = "ledoit_wolf",
+        contamination: float = 0.05,
+    ) -> None:
+        self.relative = relative
+        self.covariance = covariance
+        self.contamination = contamination
+
+    @keep_state_on_error
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X: ArrayLike, y: ArrayLike | None = None) -> ClassGaussianScorer:
+        """Learn the classes' means and the covariance they share.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+            Training samples.
+        y : array-like of int, shape (n_samples,), default=None
+            Classes of normal samples, 0 at least, and -1 for known anomalies, which
+            are left out. None, or numbers that are no classes: one class.
+
+        Returns
+        -------
+        ClassGaussianScorer
+            The fitted scorer itself.
+
+        Raises
+        ------
+        ValueError
+            If X is not a finite numeric matrix, or holds too few normal samples.
+        """
+        labels = class_numbers(y, _num_samples(X))
+        anomalies_or_not = np.where(labels < 0, -1, 1)
+        normal = self._training_rows(X, anomalies_or_not, reset=True)
+        self.classes_, labels = np.unique(labels[labels >= 0], return_inverse=True)
+        self._learn(normal, labels)
+        held_out = np.empty(len(normal))
+        folds = KFold(min(10, len(normal)), shuffle=True, random_state=0)
+        for train, test in folds.split(normal):
+            part = type(self)(relative=self.relative, covariance=self.covariance)
+            part._learn(normal[train], labels[train])
+            held_out[test] = part._score(normal[test])
+        self._set_offset(held_out)
+        self._held_out = HeldOutScores(row_digests(normal), held_out)
+        return self
+
+    def _learn(self, X: NDArray[Any], labels: NDArray[np.intp]) -> None:
+        X = X.astype(np.float64)
+        known = np.unique(labels)  # a fold may miss one
+        self.means_ = np.array([X[labels == k].mean(axis=0) for k in known])
+        within = X - self.means_[np.searchsorted(known, labels)]
+        self._within = self._gaussian(within, X)
+        self._overall = self._gaussian(X, X) if self.relative else None
+
+    def _gaussian(self, X: NDArray[Any], otherwise: NDArray[Any]) -> GaussianScorer:
+        """Fit a Gaussian; to all samples where each is a class of its own."""
+        gaussian = GaussianScorer(self.covariance)
+        return gaussian.fit(X if np.ptp(X, axis=0).any() else otherwise)
+
+    def _score(self, X: NDArray[Any]) -> NDArray[np.float64]:
+        X = X.astype(np.float64)
+        apart = [
+            np.sum(self._within._whiten(X - mean) ** 2, axis=1) for mean in self.means_
+        ]
+        nearest = np.min(apart, axis=0)
+        if self._overall is None:
+            return -np.sqrt(nearest)
+        return np.sum(self._overall._whiten(X) ** 2, axis=1) - nearest
