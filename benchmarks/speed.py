@@ -16,6 +16,8 @@ grid    a grid search over six scorers, as time over that of one pass of feature
 panda   scoring by ten checkpoints (SES), as time over that of unadapted features
 kd_cloner  scores and maps, as time over a bare pass of each of its two networks
 hsc     an epoch of a LeNet under HSC, as time over that of a bare loop in PyTorch
+representation  compare_representations on 1,000 images and three backbones, as time over
+        that of a pass of each over all images, and of a student's training and gradients
 memory  peak memory of score_samples on few files and on many (Linux only)
 """
 
@@ -57,6 +59,7 @@ from skdeepad import (
 from skdeepad.backbones import load_backbone
 from skdeepad.datasets import load_fashion_mnist
 from skdeepad.inference import resolve_precision
+from skdeepad.representation import brittleness, compare_representations
 
 BATCH = 32
 AUTO = resolve_precision("auto", torch.device("cpu"), vectors=False)
@@ -458,6 +461,31 @@ def measure_hsc(repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_representation(repeats: int) -> list[dict[str, Any]]:
+    """Compare three backbones, over what that needs of passes."""
+    backbones = [f"efficientnet_lite{k}" for k in range(3)]
+    X, X_anomalous = make_photos(1000, 64), make_photos(200, 64, seed=1)
+    options = {"image_size": 64, "device": "cpu", "random_state": 0}
+
+    def needed() -> None:
+        for name in backbones:
+            found = brittleness(X[:700], name, max_steps=50, **options)
+            features = BackboneFeatures(name, stages=tuple(found), **options)
+            features.fit(X).transform(np.concatenate([X[700:], X_anomalous]))
+
+    def compared() -> None:
+        compare_representations(backbones, X, X_anomalous, max_steps=50, **options)
+
+    seconds = take_turns({"needed": needed, "compared": compared}, repeats)
+    row = {
+        "what": "representation, three backbones, 64 px, over what it needs",
+        "seconds": round(min(seconds["compared"]), 1),
+        **ratios(seconds["compared"], seconds["needed"]),
+    }
+    print_row(row, f"{row['seconds']:.0f} s")
+    return [row]
+
+
 def print_peak_memory(n: int, folder: str) -> None:
     """Score files, as many as asked for by naming them again and again."""
     paths = sorted(Path(folder).iterdir())
@@ -479,6 +507,7 @@ PARTS = {
     "panda": measure_panda,
     "kd_cloner": measure_kd_cloner,
     "hsc": measure_hsc,
+    "representation": measure_representation,
     "memory": measure_memory,
 }
 
