@@ -16,8 +16,8 @@ grid    a grid search over six scorers, as time over that of one pass of feature
 panda   scoring by ten checkpoints (SES), as time over that of unadapted features
 kd_cloner  scores and maps, as time over a bare pass of each of its two networks
 hsc     an epoch of a LeNet under HSC, as time over that of a bare loop in PyTorch
-representation  compare_representations on 1,000 images and three backbones, as time over
-        that of a pass of each over all images, and of a student's training and gradients
+representation  compare_representations on 1,000 images and three backbones, as time
+        over that of a pass of each, and of its student's training and gradients
 memory  peak memory of score_samples on few files and on many (Linux only)
 """
 
