@@ -11,6 +11,7 @@ from ..base import AnomalyDetector
 from ..features import BackboneEstimator
 from ..scorers._base import HeldOutScores
 
+MOST_SPREAD = 1e6  # rounding is not to be taken for scores
 ENOUGH = 20  # held-out samples, where a tenth would be fewer and there are 60
 
 
@@ -92,14 +93,18 @@ def hold_out(n: int, fraction: float, rng: np.random.RandomState) -> NDArray[np.
 
 
 def as_unseen(
-    trained: NDArray[np.float64], unseen: NDArray[np.float64]
+    trained: NDArray[np.float64], unseen: NDArray[np.float64], *, spread: bool = False
 ) -> NDArray[np.float64]:
     """Bring scores of samples that were trained on to the level of unseen ones.
 
     Training draws its samples nearer than it draws new ones, which would put the
     threshold too near. Distances are stretched, other scores are shifted, until the
-    means agree.
+    means agree; where training may have brought its samples to one score, as with
+    fewer samples than features, the `spread` is made to agree, too.
     """
+    if spread:
+        ratio = unseen.std() / max(trained.std(), np.finfo(np.float64).tiny)
+        return (trained - trained.mean()) * min(ratio, MOST_SPREAD) + unseen.mean()
     if trained.max() <= 0 and unseen.max() <= 0 and trained.mean() < 0:
         return trained * (unseen.mean() / trained.mean())
     return trained + (unseen.mean() - trained.mean())

@@ -97,7 +97,7 @@ class SphereDetector(TrainedDetector):
         found = self._settle(outputs, rows)
         scores = self._score(found)
         self._watch(scores)
-        scores[~held_out] = as_unseen(scores[~held_out], scores[held_out])
+        scores[~held_out] = as_unseen(scores[~held_out], scores[held_out], spread=True)
         self._set_threshold(row_digests(found), scores)
 
     def _take_biases(self) -> None:

@@ -498,7 +498,9 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
         scores = self._score(found)
         self._watch(scores)
         if self.contamination is not None:
-            scores[~held_out] = as_unseen(scores[~held_out], scores[held_out])
+            scores[~held_out] = as_unseen(
+                scores[~held_out], scores[held_out], spread=True
+            )
             self._set_threshold(row_digests(found), scores)
             # classifiers take 0 for the first class, outlier detectors for normal
             self.offset_ = float(np.nextafter(self.offset_, -np.inf))

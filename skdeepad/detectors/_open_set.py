@@ -401,7 +401,9 @@ default="max_logit"
         scores = self._score(found)
         self._watch(scores)
         if not held_out.all():
-            scores[~held_out] = as_unseen(scores[~held_out], scores[held_out])
+            scores[~held_out] = as_unseen(
+                scores[~held_out], scores[held_out], spread=True
+            )
         self._set_threshold(row_digests(found), scores)
         return self
 
