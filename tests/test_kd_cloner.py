@@ -569,9 +569,11 @@ def test_no_maps_of_vectors():
 
 
 def test_no_maps_without_stages_that_have_some(photos):
-    detector = make(stages="pool", score_stages=None).fit(photos)
+    detector = make(stages=("stage2", "pool"), score_stages="pool").fit(photos)
     with pytest.raises(ValueError, match="have no maps"):
         detector.anomaly_map(photos[:2])
+    maps = detector.set_params(localization="gradient").anomaly_map(photos[:2])
+    assert (maps.max(axis=(1, 2)) > 0).all()
 
 
 def test_maps_find_a_defect(textures):

@@ -507,7 +507,10 @@ default="discrepancy"
         self._train(network, outputs, shapes, rows[~held_out], rng)
         self._network, self.cloner_ = network, network.stages["cloner"]
         self._widths = [2] * len(self.stages_)
-        self._has_maps = any(len(shape) == 3 for shape in shapes[1:])
+        self._has_maps = any(
+            len(shape) == 3 and name in self.score_stages_
+            for name, shape in zip(self.stages_, shapes[1:], strict=True)
+        )
         self._learn_threshold(self._all_features(inputs)[rows], held_out)
         self._noise_seed = draw_seed(rng)
         return self
@@ -715,14 +718,15 @@ default="discrepancy"
         Raises
         ------
         ValueError
-            If X holds vectors, or if no stage has maps.
+            If X holds vectors, or if no scored stage has maps to compare.
         """
         inputs = self._check_inputs(X)
         if self.image_size_ is None:
             raise ValueError("anomaly_map is for images; the backbone takes vectors.")
-        if not self._has_maps:
+        if self.localization == "discrepancy" and not self._has_maps:
             raise ValueError(
-                f"stages={self.stages_} have no maps; choose earlier ones."
+                f"score_stages={self.score_stages_} have no maps; choose earlier ones, "
+                "or set localization='gradient'."
             )
         task = self._map_pass(inputs)
         maps = [
