@@ -569,7 +569,7 @@ def test_no_maps_of_vectors():
 
 
 def test_no_maps_without_stages_that_have_some(photos):
-    detector = make(stages=("stage2", "pool"), score_stages="pool").fit(photos)
+    detector = make(stages=("second", "pool"), score_stages="pool").fit(photos)
     with pytest.raises(ValueError, match="have no maps"):
         detector.anomaly_map(photos[:2])
     maps = detector.set_params(localization="gradient").anomaly_map(photos[:2])
