@@ -471,7 +471,9 @@ def measure_representation(repeats: int) -> list[dict[str, Any]]:
         for name in backbones:
             found = brittleness(X[:700], name, max_steps=50, **options)
             features = BackboneFeatures(name, stages=tuple(found), **options)
-            features.fit(X).transform(np.concatenate([X[700:], X_anomalous]))
+            tested = np.concatenate([X[700:], X_anomalous])
+            features.fit(X).transform(tested)
+            features.transform(tested)  # the student is scored against its teacher
 
     def compared() -> None:
         compare_representations(backbones, X, X_anomalous, max_steps=50, **options)

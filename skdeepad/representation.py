@@ -297,7 +297,7 @@ def compare_representations(
     >>> X = X.reshape(-1, 8, 8) / 16
     >>> table = compare_representations(
     ...     ["efficientnet_lite0", ("random", "mnist_lenet")], X[y == 0], X[y == 1],
-    ...     image_size=28, max_steps=10, random_state=0,
+    ...     image_size=28, max_steps=2, random_state=0,
     ... )
     >>> sorted(table.backbone.unique())
     ['efficientnet_lite0', 'random']

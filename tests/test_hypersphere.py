@@ -540,7 +540,7 @@ def test_deep_sad_without_labels_is_deep_svdd(digits):
 @pytest.mark.parametrize("balanced", [True, False])
 def test_deep_sad_learns_from_anomalies(digits, balanced):
     X, y, X_test, y_test = digits
-    options = {"pretrain_steps": 0, "max_steps": 150, "random_state": 0}
+    options = {"pretrain_steps": 0, "max_steps": 60, "random_state": 0}
     labels = np.where(y == 1, 0, -1)
     aurocs = [
         roc_auc_score(y_test, detector.score_samples(X_test))

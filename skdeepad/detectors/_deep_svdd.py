@@ -324,7 +324,7 @@ class DeepSVDD(SphereDetector):
     >>> from skdeepad import DeepSVDD
     >>> X, y = load_digits(return_X_y=True)
     >>> X = X.reshape(-1, 8, 8) / 16
-    >>> detector = DeepSVDD(pretrain_steps=100, max_steps=100, random_state=0)
+    >>> detector = DeepSVDD(pretrain_steps=30, max_steps=30, random_state=0)
     >>> detector = detector.fit(X[y == 0][:100])
     >>> zeros, ones = X[y == 0][100:], X[y == 1]
     >>> bool(detector.score_samples(zeros).mean() > detector.score_samples(ones).mean())
