@@ -66,6 +66,7 @@ FAMILY: dict[str, Callable[..., Any]] = {
     "BCE": lambda **options: on_features(objective="bce", **options),
     "focal": lambda **options: on_features(objective="focal", **options),
 }
+COMPARED = ["HSC", "BCE"]
 ONE_CLASS: dict[str, Callable[[], Any]] = {
     "Mahalanobis": GaussianScorer,
     "whitened kNN": lambda: make_pipeline(GaussianScorer(), KNNScorer()),
@@ -237,17 +238,15 @@ def run_sizes(args: argparse.Namespace) -> None:
         alone = measure(
             GaussianScorer(), task, X[task.normal], None, X_test[task.tested]
         )
-        for name, build in FAMILY.items():
-            if name == "focal":
-                continue
+        for name in COMPARED:
             table.add(f"{name}, 0", alone)
             for n in SIZES:
-                model = build(random_state=task.seed)
+                model = FAMILY[name](random_state=task.seed)
                 row = exposed(model, task, X, X[task.outliers[:n]], X_test)
                 table.add(f"{name}, {n}", row)
         print(task.c, task.seed, flush=True)
     found = table.write()
-    draw(found, ["HSC", "BCE"], SIZES, "number of outliers", "hsc_sizes.png")
+    draw(found, COMPARED, SIZES, "number of outliers", "hsc_sizes.png")
 
 
 def run_blur(args: argparse.Namespace) -> None:
@@ -262,10 +261,8 @@ def run_blur(args: argparse.Namespace) -> None:
         for sigma in BLURS:
             blurred = gaussian_filter(images, (0, sigma, sigma)).round()
             outliers = embed(blurred.astype(np.uint8), None)
-            for name, build in FAMILY.items():
-                if name == "focal":
-                    continue
-                model = build(random_state=task.seed)
+            for name in COMPARED:
+                model = FAMILY[name](random_state=task.seed)
                 row = exposed(model, task, X, outliers, X_test)
                 table.add(f"{name}, {sigma:g}", row)
                 if sigma == 0:
@@ -273,7 +270,7 @@ def run_blur(args: argparse.Namespace) -> None:
         print(task.c, task.seed, flush=True)
     found = table.write()
     title = "sigma of the outliers' blur, pixels of 28"
-    draw(found, ["HSC", "BCE"], BLURS, title, "hsc_blur.png", scale="linear")
+    draw(found, COMPARED, BLURS, title, "hsc_blur.png", scale="linear")
 
 
 def draw(

@@ -18,12 +18,51 @@ from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.utils import check_consistent_length, column_or_1d
 from sklearn.utils._param_validation import Interval
 
-__all__ = ["AnomalyDetector", "draw_seed", "keep_state_on_error", "known_normal"]
+__all__ = [
+    "AnomalyDetector",
+    "draw_seed",
+    "keep_state_on_error",
+    "known_normal",
+    "numeric_labels",
+]
 
 
 def draw_seed(rng: np.random.RandomState) -> int:
     """Draw a seed for another generator."""
     return int(rng.randint(np.iinfo(np.int32).max))
+
+
+def numeric_labels(y: ArrayLike, n_samples: int) -> NDArray[np.float64]:
+    """Check the labels of an outlier detector, whatever numbers they are.
+
+    Parameters
+    ----------
+    y : array-like of shape (n_samples,)
+    n_samples : int
+        The number of rows of X.
+
+    Returns
+    -------
+    ndarray of float64, shape (n_samples,)
+
+    Raises
+    ------
+    ValueError
+        If y is not numeric, has another length, or labels every row -1.
+    """
+    labelled: Any = column_or_1d(y)
+    check_consistent_length(labelled, np.empty(n_samples))
+    try:
+        labels = labelled.astype(np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"Unknown label type: y holds {labelled[0]!r}; an outlier detector takes "
+            "+1 for normal rows and -1 for anomalies. Map the labels first, "
+            "for example np.where(y == 'good', 1, -1)."
+        ) from None
+    if (labels == -1).all():
+        raise ValueError("y labels every row as an anomaly (-1): none is normal.")
+    return labels
 
 
 def known_normal(y: ArrayLike | None, n_samples: int) -> NDArray[np.bool_]:
@@ -55,22 +94,10 @@ def known_normal(y: ArrayLike | None, n_samples: int) -> NDArray[np.bool_]:
     """
     if y is None:
         return np.ones(n_samples, dtype=bool)
-    labelled: Any = column_or_1d(y)
-    check_consistent_length(labelled, np.empty(n_samples))
-    try:
-        labelled = labelled.astype(np.float64)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"Unknown label type: y holds {labelled[0]!r}; an outlier detector takes "
-            "+1 for normal rows and -1 for anomalies. Map the labels first, "
-            "for example np.where(y == 'good', 1, -1)."
-        ) from None
+    labelled = numeric_labels(y, n_samples)
     labels = set(np.unique(labelled).tolist())
     if labels <= {-1, 1}:
-        normal = labelled == 1
-        if not normal.any():
-            raise ValueError("y labels every row as an anomaly (-1): none is normal.")
-        return normal
+        return labelled == 1
     if labels <= {0, 1}:
         warnings.warn(
             "y holds 0 and 1, and is ignored: outlier detectors take +1 for normal "

@@ -5,7 +5,7 @@ Before a detector is tuned: which backbone, and which of its stages, suits these
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -442,7 +442,11 @@ def _brittleness(
     student: KDClonerEstimator, X: Any, features: Features
 ) -> dict[str, float]:
     """Divide the mean gradient norm by the trace of the features' covariance."""
-    norms = _run(student, X, gradient_norms).mean(axis=0)
+    inputs = student._check_inputs(X)
+    task = replace(student._network_pass(), dtype=torch.float32)
+    slopes = MapPass(**vars(task), attribution=gradient_norms)
+    found = [rows for _, rows in student._run(slopes, inputs, False)]
+    norms = np.concatenate(found).mean(axis=0)
     return {
         stage: float(
             norm / features[stage].astype(np.float64).var(axis=0, ddof=1).sum()
@@ -455,19 +459,6 @@ def _stage_losses(student: KDClonerEstimator, X: Any) -> NDArray[np.float32]:
     """Give each stage's value loss."""
     inputs = student._check_inputs(X)
     return student._all_features(inputs)[:, ::2]
-
-
-def _run(
-    student: KDClonerEstimator, X: Any, attribution: Callable[..., Tensor]
-) -> NDArray[np.float32]:
-    """Pass images through teacher and student, in float32."""
-    inputs = student._check_inputs(X)
-    task = replace(student._network_pass(), dtype=torch.float32)
-    found = MapPass(**vars(task), attribution=attribution)
-    out = np.empty((len(inputs), len(student.stages_)), dtype=np.float32)
-    for index, rows in student._run(found, inputs, False):
-        out[index] = rows
-    return out
 
 
 def gradient_norms(network: SourceAndCloner, x: Tensor) -> Tensor:
@@ -492,7 +483,7 @@ def gradient_norms(network: SourceAndCloner, x: Tensor) -> Tensor:
         for name, scale in zip(network.compared, network.scales, strict=True):
             teacher, student = pairs[name]
             apart = (teacher - student) * per_channel(scale, teacher)
-            loss = apart.square().sum(dim=1).flatten().sum()
+            loss = apart.square().sum()
             n_positions = apart[0, 0].numel()
             (slope,) = torch.autograd.grad(loss / n_positions, x, retain_graph=True)
             norms.append(torch.linalg.vector_norm(slope.flatten(1), dim=1))

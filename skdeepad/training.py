@@ -78,6 +78,14 @@ def shuffled_batches(
         yield from (order[i : i + batch_size] for i in range(0, len(order), batch_size))
 
 
+def batchnorm_batches(
+    index: NDArray[np.intp], batch_size: int, rng: np.random.RandomState
+) -> Iterator[NDArray[np.intp]]:
+    """Give `shuffled_batches`, a sample that is alone twice: BatchNorm needs two."""
+    for batch in shuffled_batches(index, batch_size, rng):
+        yield batch if len(batch) > 1 else np.repeat(batch, 2)
+
+
 def balanced_batches(
     normal: NDArray[np.intp],
     outliers: NDArray[np.intp],

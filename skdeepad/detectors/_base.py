@@ -11,6 +11,7 @@ from ..base import AnomalyDetector
 from ..features import BackboneEstimator
 from ..scorers._base import HeldOutScores
 
+N_STAGES = 3  # of a pretrained network, by default
 MOST_SPREAD = 1e6  # rounding is not to be taken for scores
 ENOUGH = 20  # held-out samples, where a tenth would be fewer and there are 60
 
@@ -60,8 +61,8 @@ class BackboneDetector(AnomalyDetector, BackboneEstimator):
         """
         inputs = self._check_inputs(X)
         scores = np.full(len(inputs), np.nan)
+        held_out = self._held_out
         for index, features in self._features(inputs):
-            held_out = self._held_out
             scores[index] = (
                 held_out.score(features, self._score)
                 if held_out

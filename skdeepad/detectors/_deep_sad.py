@@ -16,11 +16,11 @@ from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval
 from torch import Tensor
 
-from ..base import keep_state_on_error, known_normal
+from ..base import keep_state_on_error, numeric_labels
 from ..inference import PassOutputs
 from ..objectives import semi_supervised_loss
-from ..training import balanced_batches
-from ._deep_svdd import SphereDetector, batches
+from ..training import balanced_batches, batchnorm_batches
+from ._deep_svdd import SphereDetector
 
 
 class DeepSAD(SphereDetector):
@@ -258,7 +258,7 @@ class DeepSAD(SphereDetector):
         if paired:
             drawn = balanced_batches(rows, anomalies, self.batch_size, rng)
         else:
-            drawn = batches(np.append(rows, anomalies), self.batch_size, rng)
+            drawn = batchnorm_batches(np.append(rows, anomalies), self.batch_size, rng)
         stream = outputs.batches(drawn)
         for index, batch in stream:
             if paired:
@@ -279,10 +279,7 @@ def check_semi_labels(y: ArrayLike | None, n: int) -> NDArray[np.intp]:
     """
     if y is None:
         return np.zeros(n, dtype=np.intp)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it ignores 0 and 1, which have a meaning here
-        known_normal(y, n)
-    labels = np.asarray(y, dtype=np.float64).ravel()
+    labels = numeric_labels(y, n)
     found = set(np.unique(labels).tolist())
     if found == {0, 1}:
         warnings.warn(

@@ -18,15 +18,13 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor, nn
 
 from ..backbones import Backbone
-from ..backbones._decoder import make_decoder
 from ..backbones._small import ContrastNormalization, biases, without_biases
 from ..base import draw_seed, keep_state_on_error, known_normal
 from ..inference import PassOutputs
 from ..inputs import Vectors, chunks
-from ..objectives import soft_boundary_loss
-from ..scorers._base import row_digests
-from ..training import shuffled_batches
-from ._base import as_unseen, hold_out
+from ..objectives import compactness, soft_boundary_loss
+from ..training import batchnorm_batches
+from ._base import hold_out
 from ._trained import TrainedDetector
 
 N_OUTPUTS = 32  # where the last layer of a network is not linear
@@ -94,11 +92,8 @@ class SphereDetector(TrainedDetector):
             weight_decay=self.weight_decay,
         )
         self.n_iter_ = len(self.loss_curve_)
-        found = self._settle(outputs, rows)
-        scores = self._score(found)
-        self._watch(scores)
-        scores[~held_out] = as_unseen(scores[~held_out], scores[held_out], spread=True)
-        self._set_threshold(row_digests(found), scores)
+        self._settle()
+        self._learn_threshold(self._settled_outputs(outputs, rows), held_out)
 
     def _take_biases(self) -> None:
         """Take the biases from our networks; refuse others that have some."""
@@ -139,8 +134,7 @@ class SphereDetector(TrainedDetector):
 
     def _project(self, seed: int) -> None:
         """Put a linear layer behind a network that does not end in one."""
-        last = list(self._network.stages.modules())[-1]
-        if isinstance(last, nn.Linear):
+        if self._network.ends_linear:
             return
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -155,37 +149,32 @@ class SphereDetector(TrainedDetector):
         rng: np.random.RandomState,
     ) -> None:
         """Train the network as the encoder of an autoencoder."""
-        backbone, device = self.backbone_, outputs.task.device
-        unit = self.contrast_normalization or (
-            not backbone.vectors and (backbone.mean, backbone.std) == ((0.0,), (1.0,))
-        )
-        network = self._network
-        stages = list(network.stages.values())
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(draw_seed(rng))
-            decoder = make_decoder(stages, network.shape, unit=unit).to(device)
+        network, device = self._network, outputs.task.device
+        decoder = self._make_decoder(draw_seed(rng)).to(device)
 
         def losses() -> Iterator[Tensor]:
             network.to(device).train()
-            for _, batch in outputs.batches(batches(rows, self.batch_size, rng)):
-                x = torch.from_numpy(batch).to(device).unflatten(1, network.shape)
-                code = x
-                for stage in stages:
-                    code = stage(code)
-                yield (decoder(code) - x).square().flatten(1).sum(dim=1).mean()
+            for _, batch in outputs.batches(
+                batchnorm_batches(rows, self.batch_size, rng)
+            ):
+                x = network.handed_on(torch.from_numpy(batch).to(device))
+                error = decoder(network.encode(x)) - x
+                yield error.square().flatten(1).sum(dim=1).mean()
 
         self._train(
             losses(),
             self.pretrain_steps,
             rng,
-            modules=[*stages, decoder],
+            modules=[network.stages, decoder],
             weight_decay=self.pretrain_weight_decay,
         )
 
     def _squared(self, outputs: Tensor) -> Tensor:
         """Give squared distances from the centre."""
-        center = torch.from_numpy(self.center_).to(outputs)
-        return (outputs - center).square().sum(dim=1)
+        return (outputs - self._center(outputs)).square().sum(dim=1)
+
+    def _center(self, outputs: Tensor) -> Tensor:
+        return torch.from_numpy(self.center_).to(outputs)
 
     def _losses(
         self,
@@ -497,11 +486,11 @@ class DeepSVDD(SphereDetector):
         rng: np.random.RandomState,
     ) -> Iterator[Tensor]:
         device = outputs.task.device
-        stream = outputs.batches(batches(rows, self.batch_size, rng))
+        stream = outputs.batches(batchnorm_batches(rows, self.batch_size, rng))
         for step, (_, batch) in enumerate(stream, 1):
             z = self._network(torch.from_numpy(batch).to(device))
             if self.objective == "one-class":
-                yield self._squared(z).mean()  # Eq. 4
+                yield compactness(z, self._center(z))
                 continue
             squared = self._squared(z)
             yield soft_boundary_loss(squared, z.new_tensor(self.radius_), self.nu)
@@ -511,11 +500,3 @@ class DeepSVDD(SphereDetector):
 
     def _score(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
         return super()._score(features) + self.radius_**2
-
-
-def batches(
-    rows: NDArray[np.intp], batch_size: int, rng: np.random.RandomState
-) -> Iterator[NDArray[np.intp]]:
-    """Give mini-batches without end, none of one sample: BatchNorm learns nothing."""
-    for index in shuffled_batches(rows, batch_size, rng):
-        yield index if len(index) > 1 else np.repeat(index, 2)

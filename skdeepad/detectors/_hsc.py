@@ -15,10 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit
 from sklearn.base import ClassifierMixin, _fit_context
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import Tags, check_consistent_length, check_random_state
+from sklearn.utils import Tags, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
-from sklearn.utils.multiclass import check_classification_targets, type_of_target
-from sklearn.utils.validation import _check_y
+from sklearn.utils.multiclass import type_of_target
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
@@ -27,9 +26,8 @@ from ..inference import PassOutputs
 from ..inputs import chunks
 from ..objectives import focal_loss, hypersphere_loss, radial_distance
 from ..scorers import GaussianScorer
-from ..scorers._base import row_digests
 from ..training import balanced_batches
-from ._base import as_unseen, hold_out
+from ._base import hold_out
 from ._trained import FineTunedDetector
 
 N_OUTPUTS = 64  # where the last layer of a network is not made for the objective
@@ -359,27 +357,30 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
         held_out = np.zeros(len(rows), dtype=bool)
         if self.contamination is not None:
             held_out = hold_out(len(rows), self.validation_fraction, rng)
-        whole = set(self.trained_stages_) == set(self.backbone_.stage_names)
+        whole = self._trains_all(self.backbone_)
         if not whole:
             # nothing is behind the features yet
             features = self._outputs(outputs, rows[~held_out])
             self._network.whitening = whitening(features)
         self._project(whole, draw_seed(rng))
-        network = self._network
-        for name in self.trained_stages_:
-            network.stages[name].train(whole)
         self.loss_curve_ = self._train(
             self._losses(outputs, rows[~held_out], outliers, rng),
             self.max_steps,
             rng,
-            modules=[
-                *(network.stages[name] for name in self.trained_stages_),
-                network.projection,
-            ],
+            modules=[*self._stages_in_training(), self._network.projection],
             weight_decay=self.weight_decay,
         )
         self.n_iter_ = len(self.loss_curve_)
-        self._learn_threshold(outputs, rows, held_out)
+        self._settle()
+        if self.contamination is None:
+            self._held_out = None
+            self.offset_ = -math.log(2) if self.objective == "hsc" else 0.0
+            found = self._settled_outputs(outputs, rows[:WATCHED])
+            self._watch(self._score(found))
+        else:
+            self._learn_threshold(self._settled_outputs(outputs, rows), held_out)
+            # classifiers take 0 for the first class, outlier detectors for normal
+            self.offset_ = float(np.nextafter(self.offset_, -np.inf))
         return self
 
     def _check_labels(
@@ -395,26 +396,22 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
                 stacklevel=5,
             )
             return np.array([-1, 1]), np.ones(n, dtype=bool)
-        labels = _check_y(y, estimator=self)
-        check_classification_targets(labels)
-        check_consistent_length(labels, np.empty(n))
-        classes = np.unique(labels)
+        classes, numbers = self._check_targets(y, n)
         if len(classes) > 2:
             raise ValueError(
                 "Only binary classification is supported. The type of the target is "
-                f"{type_of_target(labels)}."
+                f"{type_of_target(classes[numbers])}."
             )
         if len(classes) < 2:
             raise ValueError(
                 f"y has one class only, {classes.tolist()[0]!r}. Label outliers -1 and "
                 "normal images +1; without outliers, leave y out."
             )
-        return classes, labels == classes[1]
+        return classes, numbers == 1
 
     def _project(self, whole: bool, seed: int) -> None:
         """Put the last layers behind the features."""
         width, n_features = self.projection, self._n_features()
-        last = list(self._network.stages.modules())[-1]
         layers: list[nn.Module] = []
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -426,7 +423,7 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
                 identity = nn.Linear(n_features, n_features, bias=False)
                 nn.init.eye_(identity.weight)
                 layers.append(identity)
-            elif width == "auto" and not isinstance(last, nn.Linear):
+            elif width == "auto" and not self._network.ends_linear:
                 layers.append(nn.Linear(n_features, N_OUTPUTS, bias=False))
             elif isinstance(width, Integral):
                 layers.append(nn.Linear(n_features, width, bias=False))
@@ -483,27 +480,6 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
             return hypersphere_loss(distances, outlier)
         gamma = self.gamma if self.objective == "focal" else 0.0
         return focal_loss(outputs[:, 0], outlier, gamma)
-
-    def _learn_threshold(
-        self,
-        outputs: PassOutputs,
-        rows: NDArray[np.intp],
-        held_out: NDArray[np.bool_],
-    ) -> None:
-        if self.contamination is None:
-            self._held_out = None
-            self.offset_ = -math.log(2) if self.objective == "hsc" else 0.0
-            rows = rows[:WATCHED]
-        found = self._settle(outputs, rows)
-        scores = self._score(found)
-        self._watch(scores)
-        if self.contamination is not None:
-            scores[~held_out] = as_unseen(
-                scores[~held_out], scores[held_out], spread=True
-            )
-            self._set_threshold(row_digests(found), scores)
-            # classifiers take 0 for the first class, outlier detectors for normal
-            self.offset_ = float(np.nextafter(self.offset_, -np.inf))
 
     def _score(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
         outputs = torch.from_numpy(features.astype(np.float64))

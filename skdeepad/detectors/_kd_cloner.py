@@ -29,7 +29,7 @@ from ..inputs import Vectors
 from ..localization import MapPass, fit_size, gradient, guided, refine, smoothgrad
 from ..objectives import direction_loss, value_loss
 from ..scorers._base import row_digests
-from ..training import DivergedError, shuffled_batches, train
+from ..training import DivergedError, batchnorm_batches, train
 from ._base import BackboneDetector, as_unseen, hold_out
 
 N_STAGES = 4  # the paper's "last four max-pooling layers"
@@ -654,11 +654,7 @@ default="discrepancy"
         """Give Eq. 4 for one mini-batch after the other, without end."""
         device = outputs.task.device
         mixed = outputs.task.dtype == torch.bfloat16
-        # BatchNorm cannot learn from one sample
-        mini_batches = (
-            index if len(index) > 1 else np.repeat(index, 2)
-            for index in shuffled_batches(rows, self.batch_size, rng)
-        )
+        mini_batches = batchnorm_batches(rows, self.batch_size, rng)
         weights: Tensor | None = None
         for _, values in outputs.batches(mini_batches):
             x, *taps = (tap.to(device) for tap in to_taps(values, shapes))

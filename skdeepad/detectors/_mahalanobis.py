@@ -22,9 +22,7 @@ from ..inputs import Vectors
 from ..scorers import GaussianScorer
 from ..scorers._base import row_digests
 from ..scorers._gaussian import can_update
-from ._base import BackboneDetector
-
-N_STAGES = 3  # how many of the last stages are used by default
+from ._base import N_STAGES, BackboneDetector
 
 
 class MahalanobisFeatureScorer(

@@ -15,21 +15,18 @@ from joblib import Parallel, delayed
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import softmax
 from sklearn.base import ClassifierMixin, _fit_context, clone
-from sklearn.utils import check_consistent_length, check_random_state
+from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_y, check_is_fitted
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backbones import Backbone
-from ..backbones._decoder import make_decoder
 from ..base import draw_seed, keep_state_on_error
 from ..inference import JunctionPass, PassOutputs, fingerprint, frozen_copy
 from ..inputs import Vectors
-from ..scorers._base import row_digests
-from ..training import shuffled_batches
-from ._base import as_unseen, hold_out
+from ..training import batchnorm_batches
+from ._base import hold_out
 from ._trained import FineTunedDetector, TrainedEnd
 
 GODIN = ("inner", "cosine", "euclidean")
@@ -395,16 +392,12 @@ default="max_logit"
             self._learn(outputs, targets, rows[~held_out], rng)
         self.n_iter_ = len(self.loss_curve_)
         self.estimators_: list[OpenSetClassifier] = []
-        found = self._settle(outputs, rows)
+        self._settle()
         if self.perturbation:
             found = self._all_features(inputs)[rows]
-        scores = self._score(found)
-        self._watch(scores)
-        if not held_out.all():
-            scores[~held_out] = as_unseen(
-                scores[~held_out], scores[held_out], spread=True
-            )
-        self._set_threshold(row_digests(found), scores)
+        else:
+            found = self._settled_outputs(outputs, rows)
+        self._learn_threshold(found, held_out)
         return self
 
     def _check_classes(self, y: ArrayLike | None, n: int) -> NDArray[np.intp]:
@@ -417,10 +410,7 @@ default="max_logit"
                 )
             self.classes_ = np.arange(self._given_logits())
             return np.zeros(n, dtype=np.intp)
-        labels = _check_y(y, estimator=self)
-        check_classification_targets(labels)
-        check_consistent_length(labels, np.empty(n))
-        self.classes_, numbers = np.unique(labels, return_inverse=True)
+        self.classes_, numbers = self._check_targets(y, n)
         if len(self.classes_) < 2:
             raise ValueError(
                 f"y has one class only, {self.classes_.tolist()[0]!r}; a classifier "
@@ -468,8 +458,7 @@ default="max_logit"
     ) -> None:
         """Train network and head, and a decoder with them."""
         network = self._network
-        whole = set(self.trained_stages_) == set(self.backbone_.stage_names)
-        modules = [network.stages[name].train(whole) for name in self.trained_stages_]
+        modules = self._stages_in_training()
         head = network.projection.train()
         modules.append(head)
         undecayed = []
@@ -477,7 +466,13 @@ default="max_logit"
             undecayed = [head.weight] if head.bias is None else [head.weight, head.bias]
         decoder = None
         if self.reconstruction_weight:
-            decoder = self._make_decoder(whole, outputs, draw_seed(rng))
+            if not self._trains_all(self.backbone_):
+                raise ValueError(
+                    "reconstruction_weight needs all stages to be trained, so that "
+                    "features can learn what images are: set trainable_stages to all, "
+                    "or weights=None."
+                )
+            decoder = self._make_decoder(draw_seed(rng)).to(outputs.task.device)
             modules.append(decoder)
         self.loss_curve_ = self._train(
             self._losses(outputs, targets, rows, decoder, rng),
@@ -487,25 +482,6 @@ default="max_logit"
             undecayed=undecayed,
             weight_decay=self.weight_decay,
         )
-
-    def _make_decoder(self, whole: bool, outputs: PassOutputs, seed: int) -> nn.Module:
-        """Mirror the network."""
-        if not whole:
-            raise ValueError(
-                "reconstruction_weight needs all stages to be trained, so that "
-                "features can learn what images are: set trainable_stages to all, or "
-                "weights=None."
-            )
-        backbone = self.backbone_
-        unit = not backbone.vectors and (backbone.mean, backbone.std) == (
-            (0.0,),
-            (1.0,),
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            stages = self._network.stages.values()
-            decoder = make_decoder(stages, self._network.shape, unit=unit)
-        return decoder.to(outputs.task.device)
 
     def _losses(
         self,
@@ -519,22 +495,15 @@ default="max_logit"
         device = outputs.task.device
         network = self._network.to(device)
         n_classes = len(self.classes_)
-        # BatchNorm cannot learn from one sample
-        drawn = (
-            index if len(index) > 1 else np.repeat(index, 2)
-            for index in shuffled_batches(rows, self.batch_size, rng)
-        )
+        drawn = batchnorm_batches(rows, self.batch_size, rng)
         for index, batch in outputs.batches(drawn):
             x = torch.from_numpy(batch).to(device)
             logits = network(x)[:, :n_classes]
             wanted = torch.from_numpy(targets[index]).to(device)
             loss = F.cross_entropy(logits, wanted)
             if decoder is not None:
-                image = x.unflatten(1, network.shape)
-                code = image
-                for stage in network.stages.values():
-                    code = stage(code)
-                error = F.mse_loss(decoder(code), image)
+                image = network.handed_on(x)
+                error = F.mse_loss(decoder(network.encode(image)), image)
                 loss = loss + self.reconstruction_weight * error
             yield loss
 

@@ -12,20 +12,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import check_consistent_length
 from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_y
 from torch import Tensor, nn
 
 from ..backbones import Backbone
+from ..backbones._decoder import make_decoder
 from ..backbones._pretrained import is_pretrained
 from ..base import draw_seed
 from ..inference import FeaturePass, JunctionPass, PassOutputs, pool, regroup
 from ..inputs import Vectors, chunks
+from ..scorers._base import row_digests
 from ..training import DivergedError, train
-from ._base import BackboneDetector
+from ._base import N_STAGES, BackboneDetector, as_unseen
 
-N_STAGES = 3  # of a pretrained network, by default
 DECAY = 0.1  # of the learning rate at a milestone
 SPREAD = 1e-4  # of scores, relative to their size: less is none
 Rows = Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]
@@ -73,11 +77,26 @@ class TrainedEnd(Backbone):
         self.whitening: nn.Module = nn.Identity()
         self.projection: nn.Module = nn.Identity()
 
+    @property
+    def ends_linear(self) -> bool:
+        """Whether the last layer is made to give an objective its outputs."""
+        return isinstance(list(self.stages.modules())[-1], nn.Linear)
+
+    def handed_on(self, rows: Tensor) -> Tensor:
+        """Give what the first trained stage takes."""
+        return rows[:, : self.n_handed_on].unflatten(1, self.shape)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Give the last trained stage's output, as it is."""
+        for stage in self.stages.values():
+            x = stage(x)
+        return x
+
     def features(self, rows: Tensor) -> Tensor:
         """Give the features of all stages that count, in the order of the network."""
         outputs = [rows[:, self.n_handed_on :]]
         if self.n_handed_on:
-            x = rows[:, : self.n_handed_on].unflatten(1, self.shape)
+            x = self.handed_on(rows)
             for name, stage in self.stages.items():
                 x = stage(x)
                 if name in self.taps:
@@ -241,15 +260,41 @@ class TrainedDetector(BackboneDetector):
                 ) from error
         return np.array(curve)
 
-    def _settle(
+    def _make_decoder(self, seed: int) -> nn.Module:
+        """Mirror the trained stages."""
+        backbone, network = self.backbone_, self._network
+        pixels = (backbone.mean, backbone.std) == ((0.0,), (1.0,))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return make_decoder(
+                network.stages.values(),
+                network.shape,
+                unit=pixels and not backbone.vectors,
+            )
+
+    def _settle(self) -> None:
+        """Use the network as it is now."""
+        self._network.frozen().cpu()
+        self._widths = self._end_pass().widths((self._n_columns,))
+
+    def _settled_outputs(
         self, outputs: PassOutputs, index: NDArray[np.intp]
     ) -> NDArray[np.float32]:
-        """Use the network as it is now; give its outputs, as in scoring."""
-        self._network.frozen().cpu()
-        task = self._end_pass()
-        self._widths = task.widths((self._n_columns,))
-        batches = outputs.batches(chunks(index, task.batch_size))
-        return np.concatenate([task.run(torch.from_numpy(rows)) for _, rows in batches])
+        """Give what the settled network makes of training samples, as in scoring."""
+        batches = outputs.batches(chunks(index, self.batch_size))
+        return np.concatenate([found for _, found in self._run_end(batches)])
+
+    def _learn_threshold(
+        self, found: NDArray[np.float32], held_out: NDArray[np.bool_]
+    ) -> None:
+        """Set the threshold by outputs for training samples, some held out."""
+        scores = self._score(found)
+        self._watch(scores)
+        if not held_out.all():
+            scores[~held_out] = as_unseen(
+                scores[~held_out], scores[held_out], spread=True
+            )
+        self._set_threshold(row_digests(found), scores)
 
     def _watch(self, scores: NDArray[np.float64]) -> None:
         """Warn if all images have one score."""
@@ -258,7 +303,7 @@ class TrainedDetector(BackboneDetector):
                 "The network has collapsed: it gives all images the same score. Lower "
                 "learning_rate or max_steps; see that X is scaled, and not constant.",
                 ConvergenceWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _run_frozen(self, inputs: Vectors, fitting: bool) -> Rows:
@@ -292,22 +337,38 @@ class FineTunedDetector(TrainedDetector):
             return backbone.stage_names[-1:]
         return backbone.block_names[-N_STAGES:]
 
-    def _trains_all(self, backbone: Backbone) -> bool:
-        """Tell whether "auto" lets all stages be trained: none is pretrained."""
-        if self.trainable_stages != "auto":
-            return set(self._trained_stages(backbone)) == set(backbone.stage_names)
+    def _is_pretrained(self, backbone: Backbone) -> bool:
+        """Tell whether "auto" leaves all stages as they are."""
         name = self.backbone
         named = isinstance(name, str) and (name == "auto" or is_pretrained(name))
-        return backbone.vectors or not named or self.weights is None
+        return named and not backbone.vectors and self.weights is not None
 
     def _trained_stages(self, backbone: Backbone) -> tuple[str, ...]:
         given = self.trainable_stages
         if isinstance(given, str) and given == "auto":
-            return backbone.stage_names if self._trains_all(backbone) else ()
+            return () if self._is_pretrained(backbone) else backbone.stage_names
         if given is None or not len(given):
             return ()
         given = (given,) if isinstance(given, str) else given
         return backbone.check_stages(given, "trainable_stages")
+
+    def _trains_all(self, backbone: Backbone) -> bool:
+        return set(self._trained_stages(backbone)) == set(backbone.stage_names)
+
+    def _stages_in_training(self) -> list[nn.Module]:
+        """Give the trained stages; where all are, BatchNorm learns, too."""
+        whole = self._trains_all(self.backbone_)
+        stages = self._network.stages
+        return [stages[name].train(whole) for name in self.trained_stages_]
+
+    def _check_targets(
+        self, y: ArrayLike, n: int
+    ) -> tuple[NDArray[Any], NDArray[np.intp]]:
+        """Give the classes, sorted, and each sample's number."""
+        labels = _check_y(y, estimator=self)
+        check_classification_targets(labels)
+        check_consistent_length(labels, np.empty(n))
+        return np.unique(labels, return_inverse=True)
 
 
 class Augmentation:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from sklearn.model_selection import KFold
 from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.validation import _num_samples
 
-from ..base import keep_state_on_error, known_normal
+from ..base import keep_state_on_error, numeric_labels
 from ._base import HeldOutScores, Scorer, row_digests
 from ._gaussian import GaussianScorer
 
@@ -21,10 +20,7 @@ def class_numbers(y: ArrayLike | None, n: int) -> NDArray[np.intp]:
     """Give the class of each sample, -1 for known anomalies; 1 where there is none."""
     if y is None:
         return np.ones(n, dtype=np.intp)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # 0 and 1 are classes here
-        known_normal(y, n)
-    labels = np.asarray(y, dtype=np.float64).ravel()
+    labels = numeric_labels(y, n)
     whole = np.array_equal(labels, np.round(labels)) and labels.min() >= -1
     return labels.astype(np.intp) if whole else np.ones(n, dtype=np.intp)
 
