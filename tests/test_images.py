@@ -744,7 +744,8 @@ def test_parts_of_a_stream_add_up(textures, joint):
     whole = make().fit(X)
     parts = make().partial_fit(X[:5]).partial_fit(X[5:7]).partial_fit(X[7:])
     continued = make().fit(X[:10]).partial_fit(X[10:])
-    for other in (parts, continued):
+    merged = make().fit(X[:9]).merge([make().fit(X[9:17]), make().fit(X[17:])])
+    for other in (parts, continued, merged):
         assert other.n_samples_seen_ == whole.n_samples_seen_ == len(X)
         assert_allclose(other.score_samples(new), whole.score_samples(new), rtol=1e-6)
         assert_allclose(other.score_samples(X), whole.score_samples(X), rtol=1e-6)
@@ -757,6 +758,20 @@ def test_known_anomalies_in_a_stream(textures):
     streamed = mahalanobis().partial_fit(X[:8], y[:8]).partial_fit(X[8:], y[8:])
     expected = mahalanobis().fit(X[y == 1]).score_samples(textures.X_train)
     assert_allclose(streamed.score_samples(textures.X_train), expected, rtol=1e-6)
+
+
+def test_parts_were_seen_in_the_same_way(textures):
+    X = textures.X_train
+    detector = mahalanobis().fit(X)
+    for other in (
+        mahalanobis(joint=False),
+        mahalanobis(stages="stage4"),
+        mahalanobis(image_size=48),
+        mahalanobis(weights=None),
+    ):
+        with pytest.raises(ValueError, match="cannot be merged into"):
+            detector.merge([other.fit(X)])
+    assert detector.n_samples_seen_ == len(X)
 
 
 def test_a_stream_keeps_its_images_shape(textures):

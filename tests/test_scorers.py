@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import tracemalloc
 
 import numpy as np
@@ -20,6 +21,7 @@ from sklearn.covariance import (
     MinCovDet,
     ShrunkCovariance,
 )
+from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import KFold
 
 from skdeepad.scorers import (
@@ -315,6 +317,33 @@ def test_stream_longer_than_the_sample(scorer):
     new, held_out = one.score_samples(rows + 1e-9), one.score_samples(rows)
     assert (~np.isclose(new, held_out, rtol=1e-6)).sum() == 1024
     np.testing.assert_allclose(one.score_samples(NEW), whole.score_samples(NEW))
+
+
+@given(
+    scorer=st.sampled_from(list(GAUSSIANS.values())),
+    cuts=st.sets(st.integers(1, 8).map(lambda k: 6 * k), max_size=4),
+    drift=st.sampled_from([0, 1, 100]),
+)
+def test_merged_parts_are_the_whole(scorer, cuts, drift):
+    rows = X + drift * np.arange(len(X))[:, None]  # the parts' means are far apart
+    first, *others = (clone(scorer).fit(part) for part in np.split(rows, sorted(cuts)))
+    before = pickle.dumps(others)
+    assert first.merge(others) is first
+    whole = clone(scorer).fit(rows)
+    assert_same_fit(first, whole)
+    assert pickle.dumps(others) == before
+
+
+def test_merge_refuses_others_features():
+    scorer = GaussianScorer().fit(X)
+    before = vars(scorer).copy()
+    for other in (GaussianScorer().fit(X[:, :3]), GaussianScorer(MinCovDet()).fit(X)):
+        with pytest.raises(ValueError, match=r"others\[1\] is GaussianScorer"):
+            scorer.merge([GaussianScorer().fit(NEW), other])
+    with pytest.raises(NotFittedError):
+        scorer.merge([GaussianScorer()])
+    assert vars(scorer) == before
+    assert not hasattr(GaussianScorer(MinCovDet()), "merge")
 
 
 def test_partial_fit_needs_a_covariance_by_name():

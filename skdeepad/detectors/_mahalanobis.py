@@ -15,9 +15,11 @@ from sklearn.base import (
     _fit_context,
 )
 from sklearn.utils.metaestimators import available_if
+from sklearn.utils.validation import check_is_fitted
 
 from ..backbones import Backbone
 from ..base import keep_state_on_error, known_normal
+from ..inference import fingerprint
 from ..inputs import Vectors
 from ..scorers import GaussianScorer
 from ..scorers._base import row_digests
@@ -257,6 +259,61 @@ estimator, default="ledoit_wolf"
             self._gaussians = [copy.copy(gaussian) for gaussian in self._gaussians]
         for gaussian, part in self._by_part(features):
             gaussian._absorb(part, digests)
+        return self._finish_parts()
+
+    @available_if(can_update)
+    @keep_state_on_error
+    def merge(
+        self, others: Iterable[MahalanobisFeatureScorer]
+    ) -> MahalanobisFeatureScorer:
+        """Learn what others have learnt, each from its part of the images.
+
+        Means and covariances come out as if all parts had been fitted at once, so
+        that parts may be fitted on different machines. As after `partial_fit`, the
+        threshold is set by 1,024 images of all parts.
+
+        Parameters
+        ----------
+        others : iterable of MahalanobisFeatureScorer
+            Fitted detectors with the same network, stages and size of images, which
+            stay as they are.
+
+        Returns
+        -------
+        MahalanobisFeatureScorer
+            The detector itself.
+
+        Raises
+        ------
+        AttributeError
+            If `covariance` is an object: it would need all images at once.
+        ValueError
+            If one sees its images in another way, or has a covariance object.
+        """
+        check_is_fitted(self)
+        others = list(others)
+        for i, other in enumerate(others):
+            check_is_fitted(other)
+            if other._view() != self._view() or not isinstance(other.covariance, str):
+                raise ValueError(
+                    f"others[{i}], {other!r}, cannot be merged into {self!r}: network, "
+                    "weights, stages, image_size and joint must be the same, and "
+                    "covariance no object."
+                )
+        self._gaussians = [copy.copy(gaussian) for gaussian in self._gaussians]
+        for gaussian, *theirs in zip(
+            self._gaussians, *(other._gaussians for other in others), strict=True
+        ):
+            gaussian._join(theirs)
+        return self._finish_parts()
+
+    def _view(self) -> tuple[Any, ...]:
+        """Tell what features are of, and how many Gaussians they have."""
+        network = fingerprint(self.backbone_)
+        return network, self.stages_, self.image_size_, len(self._gaussians)
+
+    def _finish_parts(self) -> MahalanobisFeatureScorer:
+        """Set the threshold by the images that were kept."""
         held_out = [gaussian._sample_scores() for gaussian in self._gaussians]
         return self._finish(self._gaussians[0]._stream[1].digests, held_out)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,35 @@ class Moments:
             self.second += z.T @ z
             self.third += norms @ z
             self.fourth += norms @ norms
+        return self
+
+    def merge(self, other: Moments) -> Moments:
+        """Add the rows that another has seen."""
+        n, s = other.n, other.origin - self.origin  # z of ours is z of theirs + s
+        ss = s @ s
+        self.n += n
+        self.first += other.first + n * s
+        self.second += (
+            other.second
+            + np.outer(other.first, s)
+            + np.outer(s, other.first)
+            + n * np.outer(s, s)
+        )
+        self.third += (
+            other.third
+            + np.trace(other.second) * s
+            + 2 * other.second @ s
+            + 2 * (other.first @ s) * s
+            + ss * (other.first + n * s)
+        )
+        self.fourth += float(
+            other.fourth
+            + 4 * other.third @ s
+            + 4 * s @ other.second @ s
+            + 2 * ss * np.trace(other.second)
+            + 4 * ss * (other.first @ s)
+            + n * ss**2
+        )
         return self
 
     @property
@@ -133,7 +163,7 @@ def can_update(scorer: Any) -> bool:
     if isinstance(scorer.covariance, str):
         return True
     raise AttributeError(
-        f"partial_fit cannot update covariance={scorer.covariance!r}; use one of "
+        f"Parts cannot be joined with covariance={scorer.covariance!r}; use one of "
         "'ledoit_wolf', 'oas', 'empirical' or 'diagonal'."
     )
 
@@ -276,6 +306,61 @@ estimator, default="ledoit_wolf"
         """
         X = self._training_rows(X, y, reset=not hasattr(self, "_stream"))
         self._absorb(X, row_digests(X))
+        return self._set_threshold()
+
+    @available_if(can_update)
+    @keep_state_on_error
+    def merge(self, others: Iterable[GaussianScorer]) -> GaussianScorer:
+        """Learn what others have learnt, each from its part of the samples.
+
+        The mean and the covariance come out as if all parts had been fitted at
+        once, so that parts may be fitted on different machines. As after
+        `partial_fit`, the threshold is set by 1,024 rows of all parts.
+
+        Parameters
+        ----------
+        others : iterable of GaussianScorer
+            Fitted scorers, which stay as they are.
+
+        Returns
+        -------
+        GaussianScorer
+            The scorer itself.
+
+        Raises
+        ------
+        AttributeError
+            If `covariance` is an object: it would need all samples at once.
+        ValueError
+            If one was fitted to other features, or by a covariance object.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from skdeepad.scorers import GaussianScorer
+        >>> X = np.random.default_rng(0).normal(size=(500, 2))
+        >>> first, second = (GaussianScorer().fit(part) for part in np.split(X, 2))
+        >>> first.merge([second]).location_.round(9) == X.mean(axis=0).round(9)
+        array([ True,  True])
+        """
+        check_is_fitted(self)
+        others = list(others)
+        for i, other in enumerate(others):
+            check_is_fitted(other)
+            if other.n_features_in_ != self.n_features_in_ or not isinstance(
+                other.covariance, str
+            ):
+                raise ValueError(
+                    f"others[{i}] is {other!r} of {other.n_features_in_} features; "
+                    f"{self!r} of {self.n_features_in_} features can take in those "
+                    "that were fitted to the same features, none by a covariance "
+                    "object."
+                )
+        self._join(others)
+        return self._set_threshold()
+
+    def _set_threshold(self) -> GaussianScorer:
+        """Set the threshold by the rows that were kept."""
         held_out = self._sample_scores()
         self._set_offset(held_out)
         self._held_out = HeldOutScores(self._stream[1].digests, held_out)
@@ -288,6 +373,15 @@ estimator, default="ledoit_wolf"
         else:
             moments, sample = Moments(X), RowSample(X)
         self._stream = moments.update(X), sample.update(X, digests)
+        self._set_gaussian(moments)
+
+    def _join(self, others: Iterable[GaussianScorer]) -> None:
+        """Learn what others have learnt."""
+        moments, sample = copy.deepcopy(self._stream)
+        for theirs, kept in (other._stream for other in others):
+            moments.merge(theirs)
+            sample.update(kept.rows, kept.digests)
+        self._stream = moments, sample
         self._set_gaussian(moments)
 
     def _sample_scores(self) -> NDArray[np.float64]:
