@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from .features import BackboneFeatures
     from .model_selection import OneClassKFold
+    from .persistence import load, save
     from .scorers import (
         CentroidScorer,
         ClassGaussianScorer,
@@ -46,6 +47,8 @@ _HOMES = {
     "OneClassKFold": "model_selection",
     "OpenSetClassifier": "detectors",
     "PANDAEstimator": "detectors",
+    "load": "persistence",
+    "save": "persistence",
 }
 _MODULES = frozenset(
     [
@@ -56,6 +59,7 @@ _MODULES = frozenset(
         "inspection",
         "metrics",
         "model_selection",
+        "persistence",
         "representation",
         "scorers",
     ]
@@ -76,6 +80,8 @@ __all__ = [
     "OneClassKFold",
     "OpenSetClassifier",
     "PANDAEstimator",
+    "load",
+    "save",
 ]
 
 

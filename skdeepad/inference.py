@@ -299,7 +299,7 @@ def regroup(batches: Iterable[Outputs], size: int) -> Iterator[Outputs]:
 
 
 _COPIES: WeakKeyDictionary[Backbone, dict[Any, Backbone]] = WeakKeyDictionary()
-_FINGERPRINTS: WeakKeyDictionary[Backbone, str] = WeakKeyDictionary()
+_DIGESTS: WeakKeyDictionary[Backbone, str] = WeakKeyDictionary()
 
 
 def frozen_copy(
@@ -313,16 +313,21 @@ def frozen_copy(
     """
     copies = _COPIES.setdefault(backbone, {})
     if (device, dtype) not in copies:
-        network = fold_batchnorm(backbone).to(device)
-        if dtype == torch.bfloat16:
-            for module in network.modules():
-                # what autocast would cast again at every batch
-                if isinstance(module, nn.Conv2d | nn.Linear):
-                    module.to(dtype)
-        if not backbone.vectors:
-            network = network.to(memory_format=torch.channels_last)
-        copies[device, dtype] = network
+        with torch.inference_mode(False):  # some passes need gradients
+            copies[device, dtype] = _quickest(backbone, device, dtype)
     return copies[device, dtype]
+
+
+def _quickest(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Backbone:
+    network = fold_batchnorm(backbone).to(device)
+    if dtype == torch.bfloat16:
+        for module in network.modules():
+            # what autocast would cast again at every batch
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.to(dtype)
+    return (
+        network if backbone.vectors else network.to(memory_format=torch.channels_last)
+    )
 
 
 def fold_batchnorm(backbone: Backbone) -> Backbone:
@@ -367,15 +372,20 @@ def fold_batchnorm(backbone: Backbone) -> Backbone:
     return folded.frozen() if same else backbone.clone()
 
 
-def fingerprint(backbone: Backbone) -> str:
-    """Digest a backbone's weights and structure."""
-    if backbone not in _FINGERPRINTS:
-        digest = blake2b(repr(backbone).encode(), digest_size=16)
-        digest.update(repr((backbone.mean, backbone.std)).encode())
+def weights_digest(backbone: Backbone) -> str:
+    """Digest a frozen backbone's weights."""
+    if backbone not in _DIGESTS:
+        digest = blake2b(digest_size=16)
         for value in backbone.state_dict().values():
             digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-        _FINGERPRINTS[backbone] = digest.hexdigest()
-    return _FINGERPRINTS[backbone]
+        _DIGESTS[backbone] = digest.hexdigest()
+    return _DIGESTS[backbone]
+
+
+def fingerprint(backbone: Backbone) -> str:
+    """Digest a backbone's weights and structure."""
+    told = (repr(backbone), backbone.mean, backbone.std, weights_digest(backbone))
+    return blake2b(repr(told).encode(), digest_size=16).hexdigest()
 
 
 def iter_features(

@@ -27,6 +27,7 @@ MODULES = [
     "inspection",
     "metrics",
     "model_selection",
+    "persistence",
     "representation",
     "scorers",
 ]
@@ -38,8 +39,9 @@ NAMES = [
 PUBLIC = {
     name: public
     for module, name in NAMES
-    # scorers, of metrics, are objects without a docstring
+    # scorers, of metrics, are objects without a docstring; errors need no example
     if hasattr(public := getattr(import_module(module), name), "__name__")
+    and not name.endswith("Error")
 }
 ESTIMATORS = {name: public for name, public in PUBLIC.items() if hasattr(public, "fit")}
 METHODS = {
@@ -51,7 +53,7 @@ METHODS = {
 
 # Imports run downwards only: each room stands on rooms of the lines below it.
 HOUSE = [
-    ("representation",),
+    ("persistence", "representation"),
     ("detectors", "inspection"),
     ("features", "fisher", "localization"),
     ("cache", "inference", "scorers"),

@@ -96,23 +96,25 @@ class KMeansScorer(Scorer):
     def _fit(self, X: NDArray[Any]) -> NDArray[np.float64]:
         seed = draw_seed(check_random_state(self.random_state))
 
-        def fit_means(X: NDArray[Any]) -> KMeans:
+        def fit_means(X: NDArray[Any]) -> NDArray[Any]:
             k = min(self.n_clusters, len(X))  # a fold may hold fewer samples
-            return KMeans(k, n_init="auto", random_state=seed).fit(X)
+            means = KMeans(k, n_init="auto", random_state=seed).fit(X)
+            return means.cluster_centers_
 
         X = to_metric(X, self.metric)
-        self._kmeans = fit_means(X)
-        self.cluster_centers_ = self._kmeans.cluster_centers_
+        self.cluster_centers_ = fit_means(X)
         return cross_fitted_scores(
             X, lambda train, test: self._distance_scores(fit_means(train), test)
         )
 
     def _score(self, X: NDArray[Any]) -> NDArray[np.float64]:
-        return self._distance_scores(self._kmeans, to_metric(X, self.metric))
+        return self._distance_scores(self.cluster_centers_, to_metric(X, self.metric))
 
-    def _distance_scores(self, kmeans: KMeans, X: NDArray[Any]) -> NDArray[np.float64]:
+    def _distance_scores(
+        self, means: NDArray[Any], X: NDArray[Any]
+    ) -> NDArray[np.float64]:
         squared = np.empty(len(X))
         for block in gen_batches(len(X), BLOCK):
-            distances = cdist(X[block], kmeans.cluster_centers_, "sqeuclidean")
+            distances = cdist(X[block], means, "sqeuclidean")
             squared[block] = distances.min(axis=1)
         return -from_squared(squared, self.metric)
