@@ -17,6 +17,7 @@ from sklearn.utils.validation import _check_feature_names_in, check_is_fitted
 from tqdm.auto import tqdm
 
 from .backbones import Backbone, load_backbone
+from .backbones._plain import to_plain
 from .base import draw_seed, keep_state_on_error
 from .cache import FeatureCache
 from .inference import FeaturePass, iter_features, resolve_device, resolve_precision
@@ -61,6 +62,12 @@ class BackboneEstimator(CallbackSupportMixin, BaseEstimator):
     precision: str
     random_state: Any
     verbose: Any
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Give the state without tensors, so that skops can save it, too."""
+        memo: dict[int, Any] = {}
+        state = super().__getstate__()
+        return {name: to_plain(value, memo) for name, value in state.items()}
 
     def _default_stages(self, backbone: Backbone) -> Iterable[str]:
         return backbone.stage_names[-1:]
