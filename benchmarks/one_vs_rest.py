@@ -33,6 +33,7 @@ from skdeepad import (
     BackboneFeatures,
     CentroidScorer,
     DeepSVDD,
+    DetectorEnsemble,
     GaussianScorer,
     KDClonerEstimator,
     KMeansScorer,
@@ -51,6 +52,18 @@ def behind_features(*steps: Callable[[], Any]) -> Callable[..., Pipeline]:
     )
 
 
+def two_views(image_size: int, **options: Any) -> DetectorEnsemble:
+    """Make the default ensemble, for features that are kept."""
+    late = behind_features(lambda: KNNScorer(metric="cosine"))
+    early = behind_features(GaussianScorer, KNNScorer)
+    return DetectorEnsemble(
+        [
+            ("cosine", late(image_size=image_size, **options)),
+            ("whitened", early(stages="stage4", image_size=64, **options)),
+        ]
+    )
+
+
 # name -> a function of image_size and memory that makes the estimator
 DETECTORS: dict[str, Callable[..., Any]] = {
     "mahalanobis": MahalanobisFeatureScorer,
@@ -63,6 +76,7 @@ DETECTORS: dict[str, Callable[..., Any]] = {
     "centroid": behind_features(CentroidScorer),
     "gaussian": behind_features(GaussianScorer),
     "whitened-knn": behind_features(GaussianScorer, KNNScorer),
+    "ensemble": two_views,
 }
 
 # dataset -> column -> class number or folder -> AUROC x 100. Sources:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .detectors import (
         DeepSAD,
         DeepSVDD,
+        DetectorEnsemble,
         HSCClassifier,
         KDClonerEstimator,
         MahalanobisFeatureScorer,
@@ -38,6 +39,7 @@ _HOMES = {
     "ClassGaussianScorer": "scorers",
     "DeepSAD": "detectors",
     "DeepSVDD": "detectors",
+    "DetectorEnsemble": "detectors",
     "GaussianScorer": "scorers",
     "HSCClassifier": "detectors",
     "KDClonerEstimator": "detectors",
@@ -71,6 +73,7 @@ __all__ = [
     "ClassGaussianScorer",
     "DeepSAD",
     "DeepSVDD",
+    "DetectorEnsemble",
     "GaussianScorer",
     "HSCClassifier",
     "KDClonerEstimator",

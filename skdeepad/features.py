@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from .backbones._plain import to_plain
 from .base import draw_seed, keep_state_on_error
 from .cache import FeatureCache
 from .inference import FeaturePass, iter_features, resolve_device, resolve_precision
-from .inputs import Vectors, check_inputs, check_size
+from .inputs import Vectors, check_inputs, check_size, chunks
 
 try:
     from sklearn.callback import CallbackSupportMixin
@@ -178,6 +180,8 @@ class BackboneEstimator(CallbackSupportMixin, BaseEstimator):
         self, inputs: Vectors, fitting: bool
     ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
         """Give positions and features of the samples, batch by batch."""
+        if shared := _SHARED.get():
+            return shared.batches(self, inputs, fitting)
         return self._run(self._feature_pass(), inputs, fitting)
 
     def _features(
@@ -233,6 +237,65 @@ class BackboneEstimator(CallbackSupportMixin, BaseEstimator):
                 bar.update(len(item[0]) if unit == "sample" else 1)
         if context:
             context.call_on_fit_task_end(estimator=self)
+
+
+class SharedPasses:
+    """Passes samples once for estimators that want other stages of one network.
+
+    While it is entered, the first of them that sees a sample passes it for all; the
+    others find their features in memory, by the sample's content.
+
+    Parameters
+    ----------
+    estimators : iterable of BackboneEstimator
+        Fitted ones, or ones that have seen what they are fitted to.
+    """
+
+    def __init__(self, estimators: Iterable[BackboneEstimator]) -> None:
+        # a pass, its stages left out -> its stages, and how many features each gives
+        self.widths: dict[FeaturePass, dict[str, int]] = {}
+        self.rows: dict[FeaturePass, dict[bytes, NDArray[np.float32]]] = {}
+        for estimator in estimators:
+            found = dict(zip(estimator.stages_, estimator._widths, strict=True))
+            task = replace(estimator._feature_pass(), stages=())
+            self.widths[task] = self.widths.get(task, {}) | found
+
+    def __enter__(self) -> SharedPasses:
+        self._token = _SHARED.set(self)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        _SHARED.reset(self._token)
+
+    def batches(
+        self, estimator: BackboneEstimator, inputs: Vectors, fitting: bool
+    ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
+        """Give positions and features of the samples, as `estimator` wants them."""
+        task = estimator._feature_pass()
+        widths = self.widths.get(replace(task, stages=()))
+        if widths is None:
+            yield from estimator._run(task, inputs, fitting)
+            return
+        whole = replace(task, stages=task.backbone.check_stages(widths))
+        rows = self.rows.setdefault(whole, {})
+        digests = [inputs.digest(i) for i in range(len(inputs))]
+        new = np.flatnonzero([digest not in rows for digest in digests])
+        if len(new):
+            for index, features in estimator._run(whole, inputs.take(new), fitting):
+                rows.update(
+                    zip((digests[i] for i in new[index]), features, strict=True)
+                )
+        wanted = np.concatenate(
+            [np.full(widths[name], name in task.stages) for name in whole.stages]
+        )
+        for part in chunks(np.arange(len(inputs)), BLOCK):
+            found = np.array([i for i in part if digests[i] in rows], dtype=np.intp)
+            if len(found):
+                block = np.stack([rows[digests[i]] for i in found])
+                yield found, block[:, wanted]
+
+
+_SHARED: ContextVar[SharedPasses | None] = ContextVar("shared passes", default=None)
 
 
 class BackboneFeatures(TransformerMixin, BackboneEstimator):

@@ -36,6 +36,7 @@ from skdeepad import (
     ClassGaussianScorer,
     DeepSAD,
     DeepSVDD,
+    DetectorEnsemble,
     GaussianScorer,
     HSCClassifier,
     KDClonerEstimator,
@@ -100,6 +101,12 @@ SETTINGS = [
     DeepSAD(balanced=False, max_steps=10, pretrain_steps=10),
     OpenSetClassifier(head="cosine", anomaly_score="h", max_steps=50),
     OpenSetClassifier(n_members=2, reconstruction_weight=0.1, max_steps=50),
+    DetectorEnsemble(
+        [("knn", KNNScorer()), ("forest", IsolationForest(5, random_state=0))],
+        scale="rank",
+        weights=[2, 1],
+    ),
+    DetectorEnsemble([("gaussian", MahalanobisFeatureScorer(random_state=0))]),
 ]
 
 each_estimator = pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)

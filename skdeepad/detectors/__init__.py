@@ -2,6 +2,7 @@
 
 from ._deep_sad import DeepSAD
 from ._deep_svdd import DeepSVDD
+from ._ensemble import DetectorEnsemble
 from ._hsc import HSCClassifier
 from ._kd_cloner import KDClonerEstimator
 from ._mahalanobis import MahalanobisFeatureScorer
@@ -11,6 +12,7 @@ from ._panda import PANDAEstimator
 __all__ = [
     "DeepSAD",
     "DeepSVDD",
+    "DetectorEnsemble",
     "HSCClassifier",
     "KDClonerEstimator",
     "MahalanobisFeatureScorer",

@@ -1,0 +1,290 @@
+"""Several detectors in one, their scores brought to one scale."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import MetaEstimatorMixin, _fit_context, clone
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.utils import Bunch, _safe_indexing, gen_batches
+from sklearn.utils._param_validation import StrOptions
+from sklearn.utils.metaestimators import _BaseComposition
+from sklearn.utils.validation import _num_samples, check_is_fitted
+
+from ..base import AnomalyDetector, keep_state_on_error, known_normal
+from ..features import BLOCK, BackboneEstimator, BackboneFeatures, SharedPasses
+from ..inputs import Vectors, check_inputs
+from ..scorers import GaussianScorer, KNNScorer
+
+LEAST = 1e-9  # of the median score: the logarithm of nothing
+
+
+class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
+    """Average of several detectors' scores, brought to one scale.
+
+    What one network, stage or size of images overlooks, another may see. Members are
+    any outlier detectors: this package's, pipelines, scikit-learn's. Those that look
+    at stages of the same frozen network share one pass of each image.
+
+    Parameters
+    ----------
+    estimators : list of (str, estimator) tuples, default=None
+        The members, by name; "drop" in the place of one leaves it out. None: two
+        that see different things. For images, the cosine distance to the nearest
+        neighbours in a pretrained EfficientNet-Lite0's last stage at 160 pixels, and
+        the Euclidean one in its whitened fourth stage at 64 pixels; for vectors,
+        the same distances in the vectors.
+    scale : {"log", "rank"}, default="log"
+        What is averaged. "log": the logarithm of a member's anomaly score over its
+        median on the training samples, for scores that are distances. "rank": the
+        share of training samples that are less normal, for any scores; all beyond
+        the training samples is alike.
+    weights : array-like of shape (n_members,), default=None
+        What each member's scores count. None: all the same.
+    contamination : float, default=0.05
+        Share of new normal samples that may fall below the threshold, in (0, 0.5].
+
+    Attributes
+    ----------
+    estimators_ : list of estimator
+        The fitted members, less those dropped.
+    training_scores_ : ndarray of float64, shape (n_samples, n_members)
+        The members' scores of the normal training samples, sorted each by itself.
+        This package's are of samples left out of training.
+    offset_ : float
+        The threshold on ``score_samples``: the `contamination` quantile of the
+        training samples' scores.
+    n_features_in_ : int
+        Number of columns seen in `fit`, where the first member tells.
+    feature_names_in_ : ndarray of str
+        Names of the columns, where X had them.
+
+    See Also
+    --------
+    sklearn.ensemble.VotingClassifier : The same for classifiers.
+
+    Examples
+    --------
+    >>> from sklearn.pipeline import make_pipeline
+    >>> from skdeepad import BackboneFeatures, DetectorEnsemble, KNNScorer
+    >>> from skdeepad.datasets import make_texture_defects
+    >>> data = make_texture_defects("grass", n_train=50, random_state=0)
+    >>> members = [
+    ...     (stage, make_pipeline(BackboneFeatures(stages=stage), KNNScorer()))
+    ...     for stage in ("stage3", "stage5")  # in one pass
+    ... ]
+    >>> ensemble = DetectorEnsemble(members).set_params(
+    ...     stage3__backbonefeatures__image_size=96,
+    ...     stage5__backbonefeatures__image_size=96,
+    ... )
+    >>> ensemble.fit(data.X_train).predict(data.X_test).shape
+    (200,)
+    """
+
+    _parameter_constraints = {  # noqa: RUF012
+        **AnomalyDetector._parameter_constraints,
+        "estimators": [list, None],
+        "scale": [StrOptions({"log", "rank"})],
+        "weights": ["array-like", None],
+    }
+
+    def __init__(
+        self,
+        estimators: Sequence[tuple[str, Any]] | None = None,
+        *,
+        scale: str = "log",
+        weights: ArrayLike | None = None,
+        contamination: float = 0.05,
+    ) -> None:
+        self.estimators = estimators
+        self.scale = scale
+        self.weights = weights
+        self.contamination = contamination
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Give the parameters of the ensemble and of its members.
+
+        Parameters
+        ----------
+        deep : bool, default=True
+            Whether to give the members, and theirs, too.
+
+        Returns
+        -------
+        dict
+            Parameters by name; a member's as ``member__parameter``.
+        """
+        return self._get_params("estimators", deep=deep)
+
+    def set_params(self, **params: Any) -> DetectorEnsemble:
+        """Set parameters of the ensemble, members, or parameters of theirs.
+
+        Parameters
+        ----------
+        **params : dict
+            Values by name: a parameter, a member, or ``member__parameter``.
+
+        Returns
+        -------
+        DetectorEnsemble
+            The ensemble itself.
+        """
+        return self._set_params("estimators", **params)
+
+    @property
+    def named_estimators_(self) -> Bunch:
+        """The fitted members by name."""
+        return Bunch(**dict(zip(self._names, self.estimators_, strict=True)))
+
+    @keep_state_on_error
+    @_fit_context(prefer_skip_nested_validation=False)
+    def fit(self, X: Any, y: ArrayLike | None = None) -> DetectorEnsemble:
+        """Fit all members, and learn the scales of their scores.
+
+        Parameters
+        ----------
+        X : array-like or sequence of paths
+            Samples, in any form that the members take.
+        y : array-like of shape (n_samples,), default=None
+            +1 for normal samples, -1 for known anomalies, which only members that
+            learn from them see.
+
+        Returns
+        -------
+        DetectorEnsemble
+            The ensemble itself.
+
+        Raises
+        ------
+        ValueError
+            If there is no member, `weights` do not fit, X or y is nothing that the
+            members take, or ``scale="log"`` where scores are not distances.
+        """
+        self.__dict__.pop("n_features_in_", None)
+        self.__dict__.pop("feature_names_in_", None)
+        members = self._members(X)
+        self._names = [name for name, _ in members]
+        self._shares = self._check_weights(len(members))
+        normal = known_normal(y, _num_samples(X))
+        rows = X if normal.all() else _safe_indexing(X, np.flatnonzero(normal))
+        self.estimators_ = [clone(member) for _, member in members]
+        fronts = [clone(front) for front in find_fronts(self.estimators_)]
+        for front in fronts:
+            front._fit_inputs(rows)
+        with SharedPasses(fronts):
+            for member in self.estimators_:
+                if isinstance(last_step(member), AnomalyDetector):
+                    member.fit(X, y)
+                else:  # it would take anomalies for normal
+                    member.fit(rows)
+            scores = self._member_scores(rows)
+        scored = ~np.isnan(scores).any(axis=1)  # unreadable files are not
+        self.training_scores_ = np.sort(scores[scored], axis=0)
+        no_distances = (self.training_scores_ > 0).any(axis=0)
+        if self.scale == "log" and no_distances.any():
+            raise ValueError(
+                f"scale='log' is for distances; {self._names[no_distances.argmax()]!r} "
+                "gives training samples scores above 0. Set scale='rank'."
+            )
+        first = self.estimators_[0]
+        for name in ("n_features_in_", "feature_names_in_"):
+            if hasattr(first, name):
+                setattr(self, name, getattr(first, name))
+        self._set_offset(self._combine(scores[scored]))
+        return self
+
+    def _members(self, X: Any) -> list[tuple[str, Any]]:
+        """Give the members, or those that stand for none."""
+        if self.estimators is None:
+            whitened = GaussianScorer(), KNNScorer()
+            inputs = check_inputs(self, X, vectors=None, image_shape=None, reset=True)
+            if type(inputs) is Vectors:
+                return [
+                    ("cosine", KNNScorer(metric="cosine")),
+                    ("whitened", make_pipeline(*whitened)),
+                ]
+            late = BackboneFeatures(image_size=160)
+            early = BackboneFeatures(stages="stage4", image_size=64)
+            return [
+                ("cosine", make_pipeline(late, KNNScorer(metric="cosine"))),
+                ("whitened", make_pipeline(early, *whitened)),
+            ]
+        self._validate_names([name for name, _ in self.estimators])
+        members = [(name, m) for name, m in self.estimators if m != "drop"]
+        if not members:
+            raise ValueError("estimators has no member; give at least one.")
+        for name, member in members:
+            if not hasattr(member, "fit") or not hasattr(member, "score_samples"):
+                raise TypeError(
+                    f"estimators: {name!r} is {member!r}, which has no fit or no "
+                    "score_samples; members are outlier detectors."
+                )
+        return members
+
+    def _check_weights(self, n: int) -> NDArray[np.float64]:
+        """Give the share of each member."""
+        weights = np.ones(n) if self.weights is None else np.asarray(self.weights)
+        if weights.shape != (n,) or (weights < 0).any() or not weights.sum() > 0:
+            raise ValueError(
+                f"weights={self.weights!r} are to be {n} numbers, one for each member, "
+                "none negative and not all 0."
+            )
+        return weights / weights.sum()
+
+    def _member_scores(self, X: Any) -> NDArray[np.float64]:
+        return np.column_stack([member.score_samples(X) for member in self.estimators_])
+
+    def _combine(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Average the members' scores on one scale."""
+        known = self.training_scores_
+        if self.scale == "log":
+            medians = np.maximum(-np.median(known, axis=0), np.finfo(np.float64).tiny)
+            return -np.log(np.maximum(-scores / medians, LEAST)) @ self._shares
+        below = [
+            np.searchsorted(known[:, i], scores[:, i], side=side)
+            for side in ("left", "right")
+            for i in range(scores.shape[1])
+        ]
+        ranks = np.reshape(below, (2, -1, len(scores))).mean(axis=0) / len(known)
+        return np.where(np.isnan(scores).any(axis=1), np.nan, self._shares @ ranks)
+
+    def score_samples(self, X: Any) -> NDArray[np.float64]:
+        """Score samples; the higher, the more normal.
+
+        Parameters
+        ----------
+        X : array-like or sequence of paths
+            Samples, in any form that `fit` takes.
+
+        Returns
+        -------
+        ndarray of float64, shape (n_samples,)
+            The members' weighted mean, on the scale that `scale` says; NaN for
+            files that a member has skipped.
+        """
+        check_is_fitted(self)
+        fronts = list(find_fronts(self.estimators_))
+        if len(SharedPasses(fronts).widths) == len(fronts):  # nothing to share
+            return self._combine(self._member_scores(X))
+        scores = []
+        for block in gen_batches(_num_samples(X), BLOCK):  # memory stays bounded
+            with SharedPasses(fronts):
+                rows = _safe_indexing(X, np.arange(block.start, block.stop))
+                scores.append(self._combine(self._member_scores(rows)))
+        return np.concatenate(scores)
+
+
+def last_step(member: Any) -> Any:
+    return member.steps[-1][1] if isinstance(member, Pipeline) else member
+
+
+def find_fronts(members: Sequence[Any]) -> Iterator[BackboneEstimator]:
+    """Find what gives features of a frozen network, at the front of members."""
+    for member in members:
+        front = member.steps[0][1] if isinstance(member, Pipeline) else member
+        plain = BackboneEstimator._batches
+        if getattr(type(front), "_batches", None) is plain:
+            yield front
