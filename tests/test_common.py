@@ -102,7 +102,10 @@ SETTINGS = [
     OpenSetClassifier(head="cosine", anomaly_score="h", max_steps=50),
     OpenSetClassifier(n_members=2, reconstruction_weight=0.1, max_steps=50),
     DetectorEnsemble(
-        [("knn", KNNScorer()), ("forest", IsolationForest(5, random_state=0))],
+        [
+            ("knn", KNNScorer()),
+            ("forest", IsolationForest(n_estimators=5, random_state=0)),
+        ],
         scale="rank",
         weights=[2, 1],
     ),

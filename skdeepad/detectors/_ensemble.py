@@ -241,7 +241,8 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
         """Average the members' scores on one scale."""
         known = self.training_scores_
         if self.scale == "log":
-            medians = np.maximum(-np.median(known, axis=0), np.finfo(np.float64).tiny)
+            medians = -np.median(known, axis=0)
+            medians[medians == 0] = 1.0  # most training samples are there twice
             return -np.log(np.maximum(-scores / medians, LEAST)) @ self._shares
         below = [
             np.searchsorted(known[:, i], scores[:, i], side=side)
