@@ -9,9 +9,11 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+import warnings
 from collections import Counter
 from functools import partial
 from itertools import product
+from types import SimpleNamespace
 
 import joblib
 import numpy as np
@@ -43,6 +45,7 @@ from skdeepad import (
     KNNScorer,
     MahalanobisFeatureScorer,
     PANDAEstimator,
+    inference,
 )
 from skdeepad.backbones import load_backbone
 from skdeepad.cache import FeatureCache
@@ -509,6 +512,20 @@ def test_files_have_no_size_to_go_by(images):
 def test_a_device_that_is_not_there(images):
     with pytest.raises(ValueError, match=r"device='cuda'.*use 'auto' or 'cpu'"):
         features(device="cuda").fit(images["grey"][0])
+
+
+def test_processes_on_one_cuda_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, warned in (("MainProcess", 0), ("LokyProcess-1", 1)):
+        process = SimpleNamespace(name=name)
+        with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as w:
+            patch.setattr(inference, "current_process", lambda: process)  # noqa: B023
+            patch.setattr(torch, "empty", lambda *_, **__: None)
+            assert inference.resolve_device("auto").type == "cuda"
+            assert inference.resolve_device("cpu").type == "cpu"
+        assert ["n_jobs=1 is as fast" in str(one.message) for one in w] == [
+            True
+        ] * warned
 
 
 # -------------------------------------------------------------------------- labels

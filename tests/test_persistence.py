@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import runpy
 import sys
 import warnings
 from collections import OrderedDict
@@ -26,6 +27,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from torch import nn
 
+import skdeepad
 from skdeepad import (
     BackboneFeatures,
     GaussianScorer,
@@ -474,3 +476,37 @@ def test_cuts_of_networks_come_back():
         again(features).transform(images), features.transform(images)
     )
     assert isinstance(again(features).backbone_.to_map, partial)
+
+
+# versions
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.mark.parametrize(
+    "file",
+    sorted([*FIXTURES.glob("*/*.pickle"), *FIXTURES.glob("*/*.skdeepad")]),
+    ids=lambda file: "/".join(file.parts[-2:]),
+)
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.InconsistentVersionWarning")
+def test_estimators_of_earlier_versions(file):
+    """See fixtures/make.py, which wrote them."""
+    make = runpy.run_path(FIXTURES / "make.py")
+    estimator = load(file) if file.suffix == ".skdeepad" else pickle.loads(
+        file.read_bytes()
+    )  # fmt: skip
+    expected = json.loads((file.parent / "outputs.json").read_text())[file.stem]
+    # rounding is a processor's own
+    np.testing.assert_allclose(
+        make["outputs"](estimator), expected, rtol=1e-3, atol=1e-5
+    )
+
+
+def test_this_version_is_guarded():
+    estimators = [
+        name for name in skdeepad.__all__ if hasattr(getattr(skdeepad, name), "fit")
+    ]
+    folder = FIXTURES / skdeepad.__version__
+    for ending in ("pickle", "skdeepad"):
+        assert sorted(file.stem for file in folder.glob(f"*.{ending}")) == estimators
