@@ -59,7 +59,7 @@ def two_views(image_size: int, **options: Any) -> DetectorEnsemble:
     return DetectorEnsemble(
         [
             ("cosine", late(image_size=image_size, **options)),
-            ("whitened", early(stages="stage4", image_size=64, **options)),
+            ("whitened", early(stages="stage5", image_size=64, **options)),
         ]
     )
 

@@ -11,7 +11,7 @@ fastest turns, and as the median over turns. All on the CPU.
 arrays  score_samples on uint8 arrays, as images per second over the floor's
 paths   score_samples on image files, likewise; reading them is not in the floor
 fit     fit on uint8 arrays, likewise
-grid    a grid search over six scorers, as time over that of one pass of features
+grid    a grid search over twelve scorers and three folds, as time over that of one pass of features
         (grid-112: of more and smaller images, where the scorers weigh more)
 panda   scoring by ten checkpoints (SES), as time over that of unadapted features
 kd_cloner  scores and maps, as time over a bare pass of each of its two networks
@@ -63,7 +63,11 @@ from skdeepad.representation import brittleness, compare_representations
 
 BATCH = 32
 AUTO = resolve_precision("auto", torch.device("cpu"), vectors=False)
-GRID = {"knn__n_neighbors": [1, 2, 5], "knn__metric": ["sqeuclidean", "cosine"]}
+GRID = {
+    "knn__n_neighbors": [1, 2, 5],
+    "knn__metric": ["sqeuclidean", "cosine"],
+    "knn__aggregation": ["mean", "kth"],
+}
 
 
 def make_photos(n: int, size: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -214,7 +218,7 @@ def search(
     features: Any,
     pipeline: Any,
 ) -> None:
-    """Try six scorers in two processes; the arguments say where features are kept."""
+    """Try twelve scorers in two processes; the arguments say where features are kept."""
     steps = [
         ("features", CountedFeatures(image_size=size, device="cpu", memory=features)),
         ("knn", KNNScorer()),
@@ -502,7 +506,9 @@ PARTS = {
     "arrays": measure_arrays,
     "paths": measure_paths,
     "fit": measure_fit,
-    "grid": partial(measure_grid, cases=[(2000, 224, SHARED)]),
+    "grid": partial(
+        measure_grid, cases=[(2000, 224, SHARED), (300, 224, UNSHARED)]
+    ),
     "grid-112": partial(
         measure_grid, cases=[(6000, 112, SHARED), (600, 112, UNSHARED)]
     ),

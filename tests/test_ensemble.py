@@ -285,7 +285,7 @@ def test_two_views_are_the_default(textures):
             (
                 "whitened",
                 make_pipeline(
-                    BackboneFeatures(stages="stage4", image_size=64, batch_size=8),
+                    BackboneFeatures(stages="stage5", image_size=64, batch_size=8),
                     GaussianScorer(),
                     KNNScorer(),
                 ),

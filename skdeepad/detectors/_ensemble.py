@@ -35,7 +35,7 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
         The members, by name; "drop" in the place of one leaves it out. None: two
         that see different things. For images, the cosine distance to the nearest
         neighbours in a pretrained EfficientNet-Lite0's last stage at 160 pixels, and
-        the Euclidean one in its whitened fourth stage at 64 pixels; for vectors,
+        the Euclidean one in its whitened fifth stage at 64 pixels; for vectors,
         the same distances in the vectors.
     scale : {"log", "rank"}, default="log"
         What is averaged. "log": the logarithm of a member's anomaly score over its
@@ -207,7 +207,7 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
                     ("whitened", make_pipeline(*whitened)),
                 ]
             late = BackboneFeatures(image_size=160)
-            early = BackboneFeatures(stages="stage4", image_size=64)
+            early = BackboneFeatures(stages="stage5", image_size=64)
             return [
                 ("cosine", make_pipeline(late, KNNScorer(metric="cosine"))),
                 ("whitened", make_pipeline(early, *whitened)),
