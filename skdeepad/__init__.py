@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         PANDAEstimator,
     )
     from .features import BackboneFeatures
-    from .model_selection import OneClassKFold
+    from .model_selection import OneClassKFold, PseudoAnomalyScorer
     from .persistence import load, save
     from .scorers import (
         CentroidScorer,
@@ -49,6 +49,7 @@ _HOMES = {
     "OneClassKFold": "model_selection",
     "OpenSetClassifier": "detectors",
     "PANDAEstimator": "detectors",
+    "PseudoAnomalyScorer": "model_selection",
     "load": "persistence",
     "save": "persistence",
 }
@@ -83,6 +84,7 @@ __all__ = [
     "OneClassKFold",
     "OpenSetClassifier",
     "PANDAEstimator",
+    "PseudoAnomalyScorer",
     "load",
     "save",
 ]

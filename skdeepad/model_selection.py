@@ -1,19 +1,23 @@
-"""Cross-validation that trains on normal samples and tests on anomalies too."""
+"""Cross-validation that trains on normal samples, with anomalies and without."""
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.model_selection import KFold
-from sklearn.utils import check_consistent_length
+from sklearn.utils import _safe_indexing, check_consistent_length
 
-from skdeepad.metrics import _check_labels
+from skdeepad.datasets import make_pseudo_anomalies
+from skdeepad.metrics import _check_labels, anomaly_roc_auc_score
 
-__all__ = ["OneClassKFold"]
+__all__ = ["OneClassKFold", "PseudoAnomalyScorer"]
 
 
 class OneClassKFold(KFold):
@@ -122,3 +126,113 @@ class OneClassKFold(KFold):
             shares = [anomalies[share] for _, share in super().split(anomalies)]
         for (train, test), share in zip(super().split(normal), shares, strict=True):
             yield normal[train], np.sort(np.concatenate([normal[test], share]))
+
+
+@dataclass(frozen=True)
+class PseudoAnomalyScorer:
+    """Scorer for ``scoring=`` where no anomaly is known.
+
+    The held-out normal samples are spoilt by
+    :func:`~skdeepad.datasets.make_pseudo_anomalies`; the score is the area under the
+    ROC curve of what comes out against the samples themselves, averaged over the
+    kinds of pseudo-anomalies. Greater is better.
+
+    Parameters
+    ----------
+    kinds : list or tuple of str, default=None
+        The kinds of pseudo-anomalies; None: all that X allows.
+    image_shape : (int, int, int) or (int, int), default=None
+        (channels, height, width) or (height, width) of one image, where X does not
+        tell: rows that are flattened images, or an ambiguous channel axis.
+    folder : str or path, default=None
+        Where the pseudo-anomalies of image files are kept; None: in a temporary
+        folder, until they are scored. See the notes.
+    random_state : int, default=0
+        Decides on what is drawn at random. An int, so that all candidates see the
+        same.
+
+    See Also
+    --------
+    skdeepad.metrics.anomaly_roc_auc : The scorer to use where anomalies are known.
+
+    Notes
+    -----
+    It is called as ``scorer(estimator, X, y=None)`` by ``GridSearchCV``,
+    ``cross_validate`` and the like. Rows with ``y == -1`` are left out. The estimator
+    has a ``decision_function`` or ``score_samples``, higher = more normal.
+
+    The same X gives the same pseudo-anomalies, so that estimators with ``memory=``
+    pass them through the network once for all candidates. Image files are known to
+    ``memory`` by their path: set `folder`, and they are written once, and found again.
+    Of arrays, all kinds lie in memory at once.
+
+    The pseudo-anomalies are meant to rank candidates, not to say how well anomalies
+    will be found. How far the ranks can be trusted was measured: docs/selection.md.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from sklearn.model_selection import GridSearchCV
+    >>> from sklearn.svm import OneClassSVM
+    >>> from skdeepad import PseudoAnomalyScorer
+    >>> X, y = load_digits(return_X_y=True)
+    >>> search = GridSearchCV(
+    ...     OneClassSVM(nu=0.1),
+    ...     {"gamma": [1e-6, 1e-3, 1.0]},
+    ...     scoring=PseudoAnomalyScorer(),
+    ... )
+    >>> search.fit(X[y == 3]).best_params_
+    {'gamma': 0.001}
+    """
+
+    kinds: Sequence[str] | None = None
+    image_shape: tuple[int, ...] | None = None
+    folder: str | os.PathLike[str] | None = None
+    random_state: int = 0
+
+    def __call__(self, estimator: Any, X: Any, y: ArrayLike | None = None) -> float:
+        """Score a fitted estimator.
+
+        Parameters
+        ----------
+        estimator : estimator
+            With a ``decision_function`` or ``score_samples``, higher = more normal.
+        X : array-like or sequence of paths
+            Held-out samples: whatever the detectors of this package take.
+        y : array-like of shape (n_samples,), default=None
+            +1 for normal samples, -1 for anomalies, which are left out.
+
+        Returns
+        -------
+        float
+            In [0, 1]: 1 where all pseudo-anomalies are found, 0.5 is chance.
+
+        Raises
+        ------
+        ValueError
+            If X, y or a parameter is not what is described here, or a score is not
+            finite.
+        OSError
+            If image files cannot be read.
+        """
+        if y is not None:
+            X = _safe_indexing(X, np.flatnonzero(~_check_labels(y)))
+        score = getattr(estimator, "decision_function", None) or estimator.score_samples
+        with TemporaryDirectory() as temporary:
+            made = make_pseudo_anomalies(
+                X,
+                self.kinds,
+                image_shape=self.image_shape,
+                folder=self.folder or temporary,
+                random_state=self.random_state,
+            )
+            normal = score(X)
+            labels = np.repeat([1, -1], len(normal))
+            return float(
+                np.mean(
+                    [
+                        anomaly_roc_auc_score(labels, np.append(normal, score(spoilt)))
+                        for spoilt in made.values()
+                    ]
+                )
+            )

@@ -3,11 +3,13 @@
 from skdeepad.datasets._cifar import load_cifar
 from skdeepad.datasets._fashion_mnist import load_fashion_mnist
 from skdeepad.datasets._folders import load_image_folder
+from skdeepad.datasets._pseudo_anomalies import make_pseudo_anomalies
 from skdeepad.datasets._textures import make_texture_defects
 
 __all__ = [
     "load_cifar",
     "load_fashion_mnist",
     "load_image_folder",
+    "make_pseudo_anomalies",
     "make_texture_defects",
 ]
