@@ -11,8 +11,8 @@ fastest turns, and as the median over turns. All on the CPU.
 arrays  score_samples on uint8 arrays, as images per second over the floor's
 paths   score_samples on image files, likewise; reading them is not in the floor
 fit     fit on uint8 arrays, likewise
-grid    a grid search over twelve scorers and three folds, as time over that of one pass of features
-        (grid-112: of more and smaller images, where the scorers weigh more)
+grid    a grid search over twelve scorers, three folds, as time over that of one pass
+        of features, and without keeping them (grid-112: of more and smaller images, where the scorers weigh more)
 panda   scoring by ten checkpoints (SES), as time over that of unadapted features
 kd_cloner  scores and maps, as time over a bare pass of each of its two networks
 hsc     an epoch of a LeNet under HSC, as time over that of a bare loop in PyTorch
@@ -218,7 +218,7 @@ def search(
     features: Any,
     pipeline: Any,
 ) -> None:
-    """Try twelve scorers in two processes; the arguments say where features are kept."""
+    """Try all of the grid in two processes; say where features are kept."""
     steps = [
         ("features", CountedFeatures(image_size=size, device="cpu", memory=features)),
         ("knn", KNNScorer()),
@@ -506,9 +506,7 @@ PARTS = {
     "arrays": measure_arrays,
     "paths": measure_paths,
     "fit": measure_fit,
-    "grid": partial(
-        measure_grid, cases=[(2000, 224, SHARED), (300, 224, UNSHARED)]
-    ),
+    "grid": partial(measure_grid, cases=[(2000, 224, SHARED), (300, 224, UNSHARED)]),
     "grid-112": partial(
         measure_grid, cases=[(6000, 112, SHARED), (600, 112, UNSHARED)]
     ),
