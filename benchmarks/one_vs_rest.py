@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import ast
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -52,16 +53,11 @@ def behind_features(*steps: Callable[[], Any]) -> Callable[..., Pipeline]:
     )
 
 
-def two_views(image_size: int, **options: Any) -> DetectorEnsemble:
-    """Make the default ensemble, for features that are kept."""
-    late = behind_features(lambda: KNNScorer(metric="cosine"))
+def two_views(late: Callable[..., Any], **options: Any) -> DetectorEnsemble:
+    """Join the last stage, at one size of images, and a whitened one at another."""
     early = behind_features(GaussianScorer, KNNScorer)
-    return DetectorEnsemble(
-        [
-            ("cosine", late(image_size=image_size, **options)),
-            ("whitened", early(stages="stage5", image_size=64, **options)),
-        ]
-    )
+    whitened = early(**(options | {"stages": "stage5", "image_size": 64}))
+    return DetectorEnsemble([("late", late(**options)), ("whitened", whitened)])
 
 
 # name -> a function of image_size and memory that makes the estimator
@@ -76,8 +72,10 @@ DETECTORS: dict[str, Callable[..., Any]] = {
     "centroid": behind_features(CentroidScorer),
     "gaussian": behind_features(GaussianScorer),
     "whitened-knn": behind_features(GaussianScorer, KNNScorer),
-    "ensemble": two_views,
 }
+# the default of `DetectorEnsemble`, at 160 pixels, and the same with PANDA
+DETECTORS["ensemble"] = partial(two_views, DETECTORS["cosine-knn"])
+DETECTORS["panda-ensemble"] = partial(two_views, PANDAEstimator)
 
 # dataset -> column -> class number or folder -> AUROC x 100. Sources:
 # DN2: PANDA (Reiss et al., CVPR 2021), table 1, "Unadapted": kNN (k = 2) on the
