@@ -12,7 +12,8 @@ arrays  score_samples on uint8 arrays, as images per second over the floor's
 paths   score_samples on image files, likewise; reading them is not in the floor
 fit     fit on uint8 arrays, likewise
 grid    a grid search over twelve scorers, three folds, as time over that of one pass
-        of features, and without keeping them (grid-112: of more and smaller images, where the scorers weigh more)
+        of features, and without keeping them
+        (grid-112: of more and smaller images, where the scorers weigh more)
 panda   scoring by ten checkpoints (SES), as time over that of unadapted features
 kd_cloner  scores and maps, as time over a bare pass of each of its two networks
 hsc     an epoch of a LeNet under HSC, as time over that of a bare loop in PyTorch
