@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 
 # scikit-learn skips its array API check without it; scipy reads it on import
@@ -11,6 +10,7 @@ os.environ["SCIPY_ARRAY_API"] = "1"
 from unittest import SkipTest
 
 import pytest
+from estimators import PUBLIC, make
 from sklearn.base import clone
 from sklearn.covariance import MinCovDet
 from sklearn.ensemble import IsolationForest
@@ -55,18 +55,8 @@ class Network(nn.Sequential):
         super().__init__(nn.AdaptiveAvgPool1d(4), nn.Linear(4, 8), nn.Tanh())
 
 
-def make(public):
-    """Make one with its defaults, but for budgets: checks fit hundreds of times."""
-    budgets = {"max_steps": 50, "pretrain_steps": 10}
-    known = inspect.signature(public).parameters
-    return public(**{name: n for name, n in budgets.items() if name in known})
-
-
-ESTIMATORS = [
-    make(public)
-    for public in (getattr(skdeepad, name) for name in skdeepad.__all__)
-    if hasattr(public, "fit")
-]
+# small budgets, as checks fit hundreds of times
+ESTIMATORS = [make(public, max_steps=50, pretrain_steps=10) for public in PUBLIC]
 SETTINGS = [
     KNNScorer(n_neighbors=1, metric="euclidean"),
     KNNScorer(n_neighbors=3, metric="cosine"),
