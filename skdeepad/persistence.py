@@ -25,7 +25,7 @@ from io import BytesIO
 from math import isfinite, prod
 from pathlib import Path
 from typing import Any, BinaryIO
-from zipfile import ZIP_STORED, ZipFile
+from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
 import numpy as np
 import safetensors.torch
@@ -127,10 +127,11 @@ def save(estimator: Any, file: str | os.PathLike[str] | BinaryIO) -> None:
     }
     archive = BytesIO()
     with ZipFile(archive, "w", ZIP_STORED) as members:
-        members.writestr(MANIFEST, json.dumps(manifest, allow_nan=False))
-        members.writestr(TENSORS, safetensors.torch.save(writer.tensors))
+        # ZipInfo has no time: the same estimator, the same file
+        members.writestr(ZipInfo(MANIFEST), json.dumps(manifest, allow_nan=False))
+        members.writestr(ZipInfo(TENSORS), safetensors.torch.save(writer.tensors))
         for i, array in enumerate(writer.arrays):
-            with members.open(ARRAYS.format(i), "w") as member:
+            with members.open(ZipInfo(ARRAYS.format(i)), "w") as member:
                 npy.write_array(member, array, allow_pickle=False)
         members.comment = bytes(DIGEST_SIZE)
     data = archive.getvalue()[:-DIGEST_SIZE]
@@ -260,9 +261,13 @@ class Writer:
             return {"scalar": self.keep(np.asarray(value))}
         if isinstance(value, Tensor):
             key = str(len(self.tensors))
-            self.tensors[key] = value.detach().cpu().clone().contiguous()
+            # products of matrices round by how these lie in memory
+            order = np.argsort(np.negative(value.stride()), kind="stable").tolist()
+            stored = value.detach().cpu().permute(order)
+            self.tensors[key] = stored.clone(memory_format=torch.contiguous_format)
             parameter = isinstance(value, nn.Parameter)
-            return {"tensor": key, "parameter": parameter, "grad": value.requires_grad}
+            told = {"order": order, "parameter": parameter}
+            return {"tensor": key, **told, "grad": value.requires_grad}
         if kind in COLLECTIONS.values():
             items = [self.encode(item, f"{path}[{i}]") for i, item in enumerate(value)]
             return {kind.__name__: items}
@@ -405,7 +410,8 @@ class Reader:
             array[:] = [self.decode(item) for item in value]
             return array.reshape(description["shape"])
         if kind == "tensor":
-            tensor, grad = self.tensors[value], description["grad"]
+            order, grad = description["order"], description["grad"]
+            tensor = self.tensors[value].permute(np.argsort(order).tolist())
             if description["parameter"]:
                 return nn.Parameter(tensor, requires_grad=grad)
             return tensor.requires_grad_(grad)

@@ -131,8 +131,13 @@ def test_more_values_come_back():
     assert back[0].randint(2**31) == rng.randint(2**31)
     assert back[1].tolist() == names.tolist()
     assert torch.equal(back[2], tensor) and back[2].dtype == torch.bfloat16
+    assert back[2].stride() == tensor.stride()  # products round by it
     assert not back[3].requires_grad
     assert back[4:] == given_[4:]
+
+
+def test_the_same_estimator_gives_the_same_file():
+    assert saved(GaussianScorer().fit(X)) == saved(GaussianScorer().fit(X))
 
 
 def test_what_was_shared_is_shared():
