@@ -52,6 +52,9 @@ class OneClassKFold(KFold):
     detectors of this package leave known anomalies out of every fit; scikit-learn's
     own do not, so for these set ``refit=False`` and refit on normal rows.
 
+    Classifiers, such as `HSCClassifier`, train on anomalies, too: for these take
+    :class:`~sklearn.model_selection.StratifiedKFold`.
+
     scikit-learn gives out-of-fold scores of a detector if it sees the folds but not y:
     ``cross_val_predict(detector, X, cv=list(cv.split(X, y)),
     method="decision_function")``.

@@ -16,6 +16,7 @@ from sklearn.covariance import MinCovDet
 from sklearn.ensemble import IsolationForest
 from sklearn.utils import InputTags, get_tags
 from sklearn.utils.estimator_checks import (
+    _get_check_estimator_ids,
     _yield_outliers_checks,
     check_dataframe_column_names_consistency,
     check_get_feature_names_out_error,
@@ -122,7 +123,9 @@ OUTLIER_CHECKS = [
 ]
 
 
-@pytest.mark.parametrize(("estimator", "check"), OUTLIER_CHECKS, ids=str)
+@pytest.mark.parametrize(
+    ("estimator", "check"), OUTLIER_CHECKS, ids=_get_check_estimator_ids
+)
 @pytest.mark.filterwarnings("ignore")
 def test_classifiers_are_outlier_detectors_too(estimator, check):
     check(type(estimator).__name__, clone(estimator))

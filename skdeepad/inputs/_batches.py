@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-import joblib
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -56,7 +55,7 @@ def load_batches(
         for index in indices:
             yield Batch(index, inputs.batch(index, size, channels), {})
         return
-    pool = ThreadPoolExecutor(max_workers=max(2, joblib.cpu_count()))
+    pool = ThreadPoolExecutor(max_workers=max(2, torch.get_num_threads()))
     try:
         waiting: deque[list[tuple[int, Future[Tensor]]]] = deque()
         for index in indices:
