@@ -130,6 +130,12 @@ class FeaturePass:
         ValueError
             If the backbone cannot take such samples.
         """
+        if type(self) is FeaturePass:
+            what = "widths", self.stages, self.grid, shape
+            return remember(self.backbone, what, lambda: self._widths(shape))
+        return self._widths(shape)
+
+    def _widths(self, shape: tuple[int, ...]) -> list[int]:
         try:
             with torch.inference_mode():
                 outputs = self._outputs(self.backbone, torch.zeros(1, *shape))
@@ -309,8 +315,15 @@ def regroup(batches: Iterable[Outputs], size: int) -> Iterator[Outputs]:
         yield index, values
 
 
-_COPIES: WeakKeyDictionary[Backbone, dict[Any, Backbone]] = WeakKeyDictionary()
-_DIGESTS: WeakKeyDictionary[Backbone, str] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[Backbone, dict[Any, Any]] = WeakKeyDictionary()
+
+
+def remember(backbone: Backbone, what: Any, make: Callable[[], Any]) -> Any:
+    """Give what was made of a frozen backbone in this process, or make it."""
+    known = _KNOWN.setdefault(backbone, {})
+    if what not in known:
+        known[what] = make()
+    return known[what]
 
 
 def frozen_copy(
@@ -322,13 +335,12 @@ def frozen_copy(
     weights of convolutions and linear layers are cast, images lie channels last.
     The backbone itself stays as it is, on the CPU.
     """
-    copies = _COPIES.setdefault(backbone, {})
-    if (device, dtype) not in copies:
-        with torch.inference_mode(False):  # some passes need gradients
-            copies[device, dtype] = _quickest(backbone, device, dtype)
-    return copies[device, dtype]
+    return remember(
+        backbone, ("copy", device, dtype), lambda: _quickest(backbone, device, dtype)
+    )
 
 
+@torch.inference_mode(False)  # some passes need gradients
 def _quickest(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Backbone:
     network = fold_batchnorm(backbone).to(device)
     if dtype == torch.bfloat16:
@@ -385,18 +397,24 @@ def fold_batchnorm(backbone: Backbone) -> Backbone:
 
 def weights_digest(backbone: Backbone) -> str:
     """Digest a frozen backbone's weights."""
-    if backbone not in _DIGESTS:
+
+    def digest() -> str:
         digest = blake2b(digest_size=16)
         for value in backbone.state_dict().values():
             digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-        _DIGESTS[backbone] = digest.hexdigest()
-    return _DIGESTS[backbone]
+        return digest.hexdigest()
+
+    return remember(backbone, "weights", digest)
 
 
 def fingerprint(backbone: Backbone) -> str:
-    """Digest a backbone's weights and structure."""
-    told = (repr(backbone), backbone.mean, backbone.std, weights_digest(backbone))
-    return blake2b(repr(told).encode(), digest_size=16).hexdigest()
+    """Digest a frozen backbone's weights and structure."""
+
+    def digest() -> str:
+        told = (repr(backbone), backbone.mean, backbone.std, weights_digest(backbone))
+        return blake2b(repr(told).encode(), digest_size=16).hexdigest()
+
+    return remember(backbone, "fingerprint", digest)
 
 
 def iter_features(

@@ -38,6 +38,7 @@ class Vectors:
     def __init__(self, rows: NDArray[Any]) -> None:
         self.rows = rows
         self.shape: Shape | None = rows.shape[1:]
+        self.kind = f"{rows.dtype}{self.shape}".encode()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -54,8 +55,7 @@ class Vectors:
 
     def digest(self, i: int) -> bytes:
         """Name a sample by its content."""
-        row = np.ascontiguousarray(self.rows[i])
-        return _digest(f"{row.dtype}{row.shape}".encode() + row.tobytes())
+        return _digest(self.kind + self.rows[i].tobytes())
 
 
 class Images(Vectors):
