@@ -53,7 +53,7 @@ class FeatureCache:
             with closing(self._connect()) as table, table:
                 table.execute(
                     "CREATE TABLE IF NOT EXISTS features (pass TEXT, sample BLOB, "
-                    "value BLOB, PRIMARY KEY (pass, sample)) WITHOUT ROWID"
+                    "value BLOB, PRIMARY KEY (pass, sample))"
                 )
         except sqlite3.DatabaseError as error:
             raise ValueError(

@@ -17,6 +17,8 @@ from skdeepad.datasets import make_texture_defects
 # Threads that wait asleep leave a busy machine's processors to others: networks as
 # small as those here then run tens of times faster. torch reads it on import.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:  # each process has a processor
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("skdeepad", deadline=None)
 settings.load_profile("skdeepad")

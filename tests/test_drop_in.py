@@ -51,6 +51,8 @@ from skdeepad import (
 )
 from skdeepad.metrics import anomaly_roc_auc
 
+pytestmark = pytest.mark.xdist_group("searches")  # each is done once
+
 # what a search may choose between, so that the choice matters
 CHOICES = {
     "BackboneFeatures": {"stages": ["stage1", "stage2"]},

@@ -32,6 +32,8 @@ from skdeepad import (
     OneClassKFold,
 )
 
+pytestmark = pytest.mark.xdist_group("cluster")  # one for all tests
+
 DOCS = Path(__file__).parents[1] / "docs" / "scaling.md"
 TRIM = "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_"  # see the docs
 DETECTOR = MahalanobisFeatureScorer(image_size=32, device="cpu")
