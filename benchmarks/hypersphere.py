@@ -198,7 +198,9 @@ class Table:
             )
             found[name] = {"mean": mean, "published": known, "runs": rows}
         options = {
-            k: v for k, v in vars(self.args).items() if isinstance(v, list | int | str)
+            k: v
+            for k, v in vars(self.args).items()
+            if isinstance(v, list | int | str) and k != "memory"
         }
         content = {"options": options, "rows": found, "environment": self.told}
         write_json(f"hypersphere-{self.study}", content)

@@ -194,7 +194,9 @@ def configuration(estimator: Any) -> dict[str, Any]:
     return {
         name: value if isinstance(value, PLAIN) else repr(value)
         for name, value in estimator.get_params().items()
-        if not (name.endswith(("memory", "steps")) or hasattr(value, "fit"))
+        if not (
+            name.endswith(("memory", "steps", "estimators")) or hasattr(value, "fit")
+        )
     }
 
 
