@@ -5,6 +5,12 @@ from __future__ import annotations
 import os
 import socket
 
+# Threads that wait asleep leave a busy machine's processors to others: networks as
+# small as those here then run tens of times faster. NumPy and torch read it on import.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:  # each process has a processor
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import skimage.data
@@ -13,12 +19,6 @@ from PIL import Image
 from sklearn.utils import Bunch
 
 from skdeepad.datasets import make_texture_defects
-
-# Threads that wait asleep leave a busy machine's processors to others: networks as
-# small as those here then run tens of times faster. torch reads it on import.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-if "PYTEST_XDIST_WORKER" in os.environ:  # each process has a processor
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("skdeepad", deadline=None)
 settings.load_profile("skdeepad")
