@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import pairwise
 from multiprocessing import current_process
@@ -130,10 +130,8 @@ class FeaturePass:
         ValueError
             If the backbone cannot take such samples.
         """
-        if type(self) is FeaturePass:
-            what = "widths", self.stages, self.grid, shape
-            return remember(self.backbone, what, lambda: self._widths(shape))
-        return self._widths(shape)
+        what = "widths", replace(self, backbone=None), shape
+        return remember(self.backbone, what, lambda: self._widths(shape))
 
     def _widths(self, shape: tuple[int, ...]) -> list[int]:
         try:

@@ -17,6 +17,7 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 import numpy as np
 import pytest
 import torch
+from estimators import PUBLIC
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -509,9 +510,7 @@ def test_estimators_of_earlier_versions(file):
 
 
 def test_this_version_is_guarded():
-    estimators = [
-        name for name in skdeepad.__all__ if hasattr(getattr(skdeepad, name), "fit")
-    ]
+    estimators = [public.__name__ for public in PUBLIC]
     folder = FIXTURES / skdeepad.__version__
     for ending in ("pickle", "skdeepad"):
         assert sorted(file.stem for file in folder.glob(f"*.{ending}")) == estimators

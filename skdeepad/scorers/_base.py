@@ -139,9 +139,15 @@ class Scorer(AnomalyDetector):
         """
         X = self._training_rows(X, y, reset=True)
         held_out = self._fit(X)
-        self._set_offset(held_out)
-        self._held_out = HeldOutScores(row_digests(X), held_out)
+        self._set_threshold(row_digests(X), held_out)
         return self
+
+    def _set_threshold(
+        self, digests: NDArray[np.uint64], scores: NDArray[np.float64]
+    ) -> None:
+        """Set the threshold by scores of training rows as if they were new."""
+        self._set_offset(scores)
+        self._held_out = HeldOutScores(digests, scores)
 
     def score_samples(self, X: ArrayLike) -> NDArray[np.float64]:
         """Score each sample by its distance from the normal ones.

@@ -12,7 +12,7 @@ from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.validation import _num_samples
 
 from ..base import keep_state_on_error, numeric_labels
-from ._base import HeldOutScores, Scorer, row_digests
+from ._base import Scorer, row_digests
 from ._gaussian import GaussianScorer
 
 
@@ -136,8 +136,7 @@ class ClassGaussianScorer(Scorer):
             part = type(self)(relative=self.relative, covariance=self.covariance)
             part._learn(normal[train], labels[train])
             held_out[test] = part._score(normal[test])
-        self._set_offset(held_out)
-        self._held_out = HeldOutScores(row_digests(normal), held_out)
+        self._set_threshold(row_digests(normal), held_out)
         return self
 
     def _learn(self, X: NDArray[Any], labels: NDArray[np.intp]) -> None:

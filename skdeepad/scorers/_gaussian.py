@@ -23,7 +23,6 @@ from ..base import keep_state_on_error
 from ._base import (
     BLOCK,
     FLOATS,
-    HeldOutScores,
     Scorer,
     cross_fitted_scores,
     row_digests,
@@ -306,7 +305,7 @@ estimator, default="ledoit_wolf"
         """
         X = self._training_rows(X, y, reset=not hasattr(self, "_stream"))
         self._absorb(X, row_digests(X))
-        return self._set_threshold()
+        return self._finish_parts()
 
     @available_if(can_update)
     @keep_state_on_error
@@ -357,13 +356,11 @@ estimator, default="ledoit_wolf"
                     "object."
                 )
         self._join(others)
-        return self._set_threshold()
+        return self._finish_parts()
 
-    def _set_threshold(self) -> GaussianScorer:
+    def _finish_parts(self) -> GaussianScorer:
         """Set the threshold by the rows that were kept."""
-        held_out = self._sample_scores()
-        self._set_offset(held_out)
-        self._held_out = HeldOutScores(self._stream[1].digests, held_out)
+        self._set_threshold(self._stream[1].digests, self._sample_scores())
         return self
 
     def _absorb(self, X: NDArray[Any], digests: NDArray[np.uint64]) -> None:
