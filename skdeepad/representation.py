@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from .base import draw_seed
 from .detectors import KDClonerEstimator
-from .detectors._kd_cloner import SourceAndCloner, per_channel
+from .detectors._source_and_cloner import SourceAndCloner, per_channel
 from .features import BackboneFeatures
 from .localization import MapPass
 from .scorers import GaussianScorer, KNNScorer

@@ -82,6 +82,7 @@ SETTINGS = [
     PANDAEstimator(adaptation="ses", max_steps=20, n_checkpoints=3, scorer="centroid"),
     PANDAEstimator(Network, max_steps=5, normalize=False, scorer=IsolationForest()),
     KDClonerEstimator(cloner="equal", max_steps=10, loss="value"),
+    KDClonerEstimator(discrepancy="mahalanobis", max_steps=10, random_state=0),
     KDClonerEstimator(Network, max_steps=10, standardize=False, direction_weight=2),
     HSCClassifier(objective="bce", contamination=None, max_steps=20, random_state=0),
     HSCClassifier(Network, objective="focal", trainable_stages=None, max_steps=20),

@@ -13,20 +13,21 @@ import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
-from scipy.ndimage import binary_opening
-from scipy.spatial.distance import cosine
+from scipy.ndimage import binary_opening, uniform_filter
+from scipy.spatial.distance import cosine, mahalanobis
 from sklearn.base import clone
+from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.nn import functional as F
 
 from skdeepad import KDClonerEstimator
 from skdeepad.backbones import Backbone, load_backbone
 from skdeepad.backbones._cloner import make_cloner
-from skdeepad.detectors._kd_cloner import (
-    Augmentation,
+from skdeepad.detectors._kd_cloner import Augmentation, has_converged
+from skdeepad.detectors._source_and_cloner import (
     SourceAndCloner,
     discrepancy,
-    has_converged,
+    residuals,
     total_loss,
 )
 from skdeepad.inference import frozen_copy
@@ -372,6 +373,105 @@ def test_cache_changes_nothing(photos, fitted):
     )
     assert_array_equal(kept.loss_curve_, computed.loss_curve_)
     assert_array_equal(kept.score_samples(photos), computed.score_samples(photos))
+
+
+# residuals
+
+
+def residuals_by_hand(source, cloner, window):
+    energy = (source**2).mean(1) + (cloner**2).mean(1)
+    apart = (source - cloner) / np.sqrt(energy)[:, None]
+    return uniform_filter(apart, (1, 1, *window), mode="constant")
+
+
+@pytest.mark.parametrize(
+    ("shape", "window"), [((32, 16), (7, 3)), ((8, 7), (3, 1)), ((1, 4), (1, 1))]
+)
+def test_residuals_against_scipy(shape, window):
+    """The window is 3/16 of the sides, and odd."""
+    source, cloner = RNG.normal(size=(2, 2, 3, *shape))
+    found = residuals(torch.tensor(source), torch.tensor(cloner))
+    assert_allclose(found, residuals_by_hand(source, cloner, window), atol=1e-12)
+    # the scale of activations does not matter
+    again = residuals(torch.tensor(9 * source), torch.tensor(9 * cloner))
+    assert_allclose(found, again)
+
+
+@pytest.fixture(scope="module")
+def by_residuals(photos):
+    return make(discrepancy="mahalanobis", opening=False, sigma=0).fit(photos)
+
+
+def test_score_is_the_largest_mahalanobis_length(by_residuals, photos):
+    detector, new = by_residuals, 255 - photos[:4]
+    trained = trained_rows(detector, photos)
+    maps = 0
+    for k, window in enumerate([(7, 7), (3, 3)]):
+        normal, found = (
+            residuals_by_hand(*(a.detach().numpy() for a in pairs[k]), window)
+            for _, pairs in (by_hand(detector, x) for x in (trained, new))
+        )
+        n_channels = normal.shape[1]
+        rows = normal.transpose(0, 2, 3, 1).reshape(-1, n_channels)
+        moment = rows.T @ rows / len(rows)
+        moment += 0.01 * np.trace(moment) / n_channels * np.eye(n_channels)
+        precision = np.linalg.inv(moment)
+        at = found.transpose(0, 2, 3, 1)
+        lengths = np.apply_along_axis(
+            lambda r, p=precision: mahalanobis(r, np.zeros(len(r)), p) ** 2, 3, at
+        )
+        stage_map = torch.tensor(lengths / n_channels)[:, None]
+        maps = maps + F.interpolate(stage_map, size=(32, 32), mode="bilinear")[:, 0]
+    assert_allclose(detector.anomaly_map(new), maps, rtol=2e-3)
+    assert_allclose(detector.score_samples(new), -maps.amax((1, 2)), rtol=2e-3)
+
+
+def test_residuals_of_vectors():
+    X = RNG.normal(size=(80, 4)).astype(np.float32)
+    detector = KDClonerEstimator(discrepancy="mahalanobis", random_state=0).fit(X)
+    scores = detector.score_samples(np.concatenate([X, 9 - X]))
+    assert scores[:80].mean() > scores[80:].mean()
+
+
+def test_cache_changes_no_residuals(by_residuals, photos):
+    computed = clone(by_residuals).set_params(max_cache_bytes=0).fit(photos)
+    assert_array_equal(
+        computed.score_samples(photos), by_residuals.score_samples(photos)
+    )
+
+
+def test_residuals_in_memory_are_not_losses(by_residuals, photos, tmp_path):
+    """The folder keeps the two apart."""
+    told = [
+        clone(by_residuals).set_params(discrepancy=name, memory=tmp_path).fit(photos)
+        for name in ("loss", "mahalanobis")
+    ]
+    new = 255 - photos[:4]
+    for detector in told:
+        detector.score_samples(new)
+    assert_array_equal(told[1].score_samples(new), by_residuals.score_samples(new))
+    alike = make(opening=False, sigma=0).fit(photos).score_samples(new)
+    assert_array_equal(told[0].score_samples(new), alike)
+
+
+def test_residuals_find_what_losses_do_not(textures):
+    """A flat spot in a texture: no activation is large there."""
+    early = ("stage2", "stage3", "stage4")
+    options = {"stages": early, "score_stages": early, "image_size": 64}
+    spoilt = textures.X_test[textures.y_test == 1].copy()
+    good = spoilt.copy()
+    spoilt[:, 8:20, 8:20] = spoilt.mean(axis=(1, 2), keepdims=True)
+    X, y = np.concatenate([good, spoilt]), np.repeat([1, 0], len(good))
+    found = [
+        roc_auc_score(
+            y,
+            KDClonerEstimator(discrepancy=name, max_steps=40, random_state=0, **options)
+            .fit(textures.X_train)
+            .score_samples(X),
+        )
+        for name in ("loss", "mahalanobis")
+    ]
+    assert found[1] > max(found[0], 0.9)
 
 
 # augmentation

@@ -14,7 +14,7 @@ from torch import nn
 
 from skdeepad import BackboneFeatures
 from skdeepad.backbones import Backbone
-from skdeepad.detectors._kd_cloner import SourceAndCloner
+from skdeepad.detectors._source_and_cloner import SourceAndCloner
 from skdeepad.inspection import RepresentationDisplay
 from skdeepad.representation import (
     brittleness,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import compress, islice
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,109 +25,27 @@ from ..backbones import Backbone
 from ..backbones._cloner import make_cloner
 from ..base import draw_seed, keep_state_on_error, known_normal
 from ..inference import FeaturePass, PassOutputs, TapPass, iter_features
-from ..inputs import Vectors
+from ..inputs import Vectors, chunks
 from ..localization import MapPass, fit_size, gradient, guided, refine, smoothgrad
-from ..objectives import direction_loss, value_loss
 from ..scorers._base import row_digests
 from ..training import DivergedError, batchnorm_batches, train
 from ._base import BackboneDetector, as_unseen, hold_out
+from ._source_and_cloner import (
+    RESIDUAL,
+    TINY,
+    SourceAndCloner,
+    discrepancy,
+    in_order,
+    losses,
+    residual_map,
+    residuals,
+    total_loss,
+)
 
 N_STAGES = 4  # the paper's "last four max-pooling layers"
 LOCALIZATIONS = {"discrepancy", "gradient", "smoothgrad", "guided_backprop"}
 RARE = 0.01  # of a stage's mean variance: channels that vary less are not blown up
 WINDOW = 100  # steps over which losses are compared
-
-
-class SourceAndCloner(Backbone):
-    """A source and its cloner side by side, compared stage by stage.
-
-    Its "features" are two numbers for each stage: the value loss and the direction
-    loss of Eqs. 1 and 3.
-
-    Parameters
-    ----------
-    source : Backbone
-    cloner : torch.nn.Module
-        Gives the activations of each of `stages`, in a sequence or a mapping.
-    stages : tuple of str
-        The stages that are compared.
-    means, scales : list of Tensor, each of shape (n_channels,)
-        The source's activations are compared once ``(a - mean) / scale``.
-    """
-
-    def __init__(
-        self,
-        source: Backbone,
-        cloner: nn.Module,
-        stages: tuple[str, ...],
-        means: Iterable[Tensor],
-        scales: Iterable[Tensor],
-    ) -> None:
-        super().__init__(
-            {"source": source, "cloner": cloner},
-            input_size=source.input_size,
-            in_channels=source.in_channels,
-            vectors=source.vectors,
-        )
-        self.compared = stages
-        self.means = nn.ParameterList(means)
-        self.scales = nn.ParameterList(scales)
-
-    @property
-    def stage_names(self) -> tuple[str, ...]:
-        """Names of the stages that are compared."""
-        return self.compared
-
-    def clone(self) -> Self:
-        """Copy the weights, the source's too, which pickles as a name."""
-        new = super().clone()
-        new.stages["source"] = self.stages["source"].clone()  # type: ignore[operator]
-        return new
-
-    def standardize(self, activations: Iterable[Tensor]) -> list[Tensor]:
-        """Bring the source's channels to one scale."""
-        terms = zip(activations, self.means, self.scales, strict=True)
-        return [
-            (a.float() - per_channel(mean, a)) / per_channel(scale, a)
-            for a, mean, scale in terms
-        ]
-
-    def imitate(self, x: Tensor) -> list[Tensor]:
-        """Give the cloner's activations, from samples as the source sees them."""
-        outputs = in_order(self.stages["cloner"](x), self.compared)
-        return [a.float() for a in outputs]
-
-    def activations(self, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Run both networks; give each stage's activations in the one and the other."""
-        source: Any = self.stages["source"]
-        outputs = source.forward_stages(x, self.compared)
-        expected = self.standardize(outputs[name] for name in self.compared)
-        pairs = zip(expected, self.imitate(source.normalize(x)), strict=True)
-        return dict(zip(self.compared, pairs, strict=True))
-
-    def forward_stages(self, x: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
-        """Give the value and the direction loss of the named stages."""
-        pairs = self.activations(x)
-        return {name: losses(*pairs[name]) for name in names}
-
-
-def in_order(outputs: Any, stages: tuple[str, ...]) -> Iterable[Tensor]:
-    """Give what a cloner returned, a sequence or a mapping, in the stages' order."""
-    return (
-        [outputs[name] for name in stages] if isinstance(outputs, Mapping) else outputs
-    )
-
-
-def per_channel(values: Tensor, like: Tensor) -> Tensor:
-    """Shape one value for each channel so that it meets activations."""
-    return values.view(-1, *(1 for _ in like.shape[2:]))
-
-
-def losses(source: Tensor, cloner: Tensor) -> Tensor:
-    """Eqs. 1 and 3 for one stage, side by side, for each sample."""
-    return torch.stack(
-        [value_loss(source, cloner), direction_loss(source, cloner)], dim=1
-    )
 
 
 class Augmentation:
@@ -198,6 +116,15 @@ class KDClonerEstimator(BackboneDetector):
     score_stages : str or sequence of str, default=None
         Those of `stages` that are scored and localized by. None: all but the first,
         as in the official code, where there are more than two.
+    discrepancy : {"loss", "mahalanobis"}, default="loss"
+        How source and cloner are compared in images that are scored.
+
+        - "loss": by the loss of training, as in the paper: means over all positions.
+        - "mahalanobis": beyond the paper, for small defects in irregular textures.
+          At each position, the activations' difference over their size, averaged over
+          a window of 3/16 of the map's sides, and its squared Mahalanobis length
+          under the covariance of training images' differences; summed over stages.
+          The score is its largest value.
     loss : {"total", "value", "direction"}, default="total"
         Eq. 4, or one of its terms alone (section 3.3.3).
     direction_weight : float or "auto", default="auto"
@@ -227,7 +154,7 @@ class KDClonerEstimator(BackboneDetector):
 default="discrepancy"
         What `anomaly_map` shows.
 
-        - "discrepancy": the terms of the loss, position by position, summed over
+        - "discrepancy": what `discrepancy` says, position by position, summed over
           stages. It needs no backward pass.
         - "gradient": the gradient of the loss by the pixels (Eq. 5).
         - "smoothgrad": its mean over `n_noisy` noisy copies of the image.
@@ -339,6 +266,7 @@ default="discrepancy"
         "cloner": [StrOptions({"compact", "equal"}), callable],
         "stages": [str, tuple, list, None],
         "score_stages": [str, tuple, list, None],
+        "discrepancy": [StrOptions({"loss", "mahalanobis"})],
         "loss": [StrOptions({"total", "value", "direction"})],
         "direction_weight": [
             Interval(Real, 0, None, closed="left"),
@@ -367,6 +295,7 @@ default="discrepancy"
         cloner: Any = "compact",
         stages: str | Iterable[str] | None = None,
         score_stages: str | Iterable[str] | None = None,
+        discrepancy: str = "loss",
         loss: str = "total",
         direction_weight: float | str = "auto",
         standardize: bool = True,
@@ -398,6 +327,7 @@ default="discrepancy"
         self.cloner = cloner
         self.stages = stages
         self.score_stages = score_stages
+        self.discrepancy = discrepancy
         self.loss = loss
         self.direction_weight = direction_weight
         self.standardize = standardize
@@ -505,8 +435,10 @@ default="discrepancy"
         cloner = self._make_cloner(sample_shape, shapes, draw_seed(rng))
         network = SourceAndCloner(self.backbone_, cloner, self.stages_, means, scales)
         self._train(network, outputs, shapes, rows[~held_out], rng)
+        if self.discrepancy == "mahalanobis":
+            self._learn_precisions(network, outputs, shapes, rows[~held_out])
         self._network, self.cloner_ = network, network.stages["cloner"]
-        self._widths = [2] * len(self.stages_)
+        self._widths = [1] if network.scored else [2] * len(self.stages_)
         self._has_maps = any(
             len(shape) == 3 and name in self.score_stages_
             for name, shape in zip(self.stages_, shapes[1:], strict=True)
@@ -652,19 +584,40 @@ default="discrepancy"
         rng: np.random.RandomState,
     ) -> Iterator[Tensor]:
         """Give Eq. 4 for one mini-batch after the other, without end."""
-        device = outputs.task.device
-        mixed = outputs.task.dtype == torch.bfloat16
         mini_batches = batchnorm_batches(rows, self.batch_size, rng)
         weights: Tensor | None = None
-        for _, values in outputs.batches(mini_batches):
-            x, *taps = (tap.to(device) for tap in to_taps(values, shapes))
-            with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-                imitated = network.imitate(x)
-            pairs = zip(network.standardize(taps), imitated, strict=True)
+        for pairs in paired(network, outputs, shapes, mini_batches):
             both = torch.stack([losses(s, c).mean(dim=0) for s, c in pairs]).sum(dim=0)
             if weights is None:
-                weights = self._settle_weights(*both.tolist()).to(device)
+                weights = self._settle_weights(*both.tolist()).to(both.device)
             yield both @ weights
+
+    def _learn_precisions(
+        self,
+        network: SourceAndCloner,
+        outputs: PassOutputs,
+        shapes: list[tuple[int, ...]],
+        rows: NDArray[np.intp],
+    ) -> None:
+        """Learn how residuals of normal images vary, by stage."""
+        network.to(outputs.task.device)
+        scored = [name in self.score_stages_ for name in self.stages_]
+        covariances: list[Any] = [0.0] * sum(scored)
+        batches = chunks(rows, self.batch_size)
+        with torch.no_grad():
+            for pairs in paired(network, outputs, shapes, batches):
+                for k, (source, cloner) in enumerate(compress(pairs, scored)):
+                    flat = residuals(source, cloner).transpose(0, 1).flatten(1)
+                    share = len(source) / len(rows) / flat.shape[1]
+                    covariances[k] += share * (flat @ flat.T).double().cpu()
+        for covariance in covariances:
+            n_channels = len(covariance)
+            ridge = RARE * covariance.trace() / n_channels  # as for rare channels
+            covariance += ridge.clamp(min=TINY) * torch.eye(n_channels)
+            precision = torch.linalg.inv(covariance).float()
+            network.precisions.append(nn.Parameter(precision, requires_grad=False))
+        network.scored = self.score_stages_
+        network.frozen().cpu()
 
     def _settle_weights(self, value: float, direction: float) -> Tensor:
         """Weigh the terms of Eq. 4, by their first values if so wanted."""
@@ -677,7 +630,9 @@ default="discrepancy"
         return torch.tensor(self._weights)
 
     def _network_pass(self) -> FeaturePass:
-        return replace(self._feature_pass(), backbone=self._network)
+        network = self._network
+        stages = (RESIDUAL,) if network.scored else self.stages_
+        return replace(self._feature_pass(), backbone=network, stages=stages)
 
     def _batches(
         self, inputs: Vectors, fitting: bool
@@ -692,6 +647,8 @@ default="discrepancy"
         self._set_threshold(row_digests(losses), scores)
 
     def _score(self, losses: NDArray[np.float32]) -> NDArray[np.float64]:
+        if self._network.scored:
+            return -losses[:, 0].astype(np.float64)
         scored = [name in self.score_stages_ for name in self.stages_]
         by_stage = losses.reshape(len(losses), -1, 2)[:, scored]
         return -(by_stage.sum(axis=1, dtype=np.float64) @ np.array(self._weights))
@@ -744,7 +701,11 @@ default="discrepancy"
         options = vars(task)
         total = partial(total_loss, self.score_stages_, self._weights)
         if self.localization == "discrepancy":
-            attribution = partial(discrepancy, self.score_stages_, self._weights)
+            attribution = (
+                residual_map
+                if self._network.scored
+                else partial(discrepancy, self.score_stages_, self._weights)
+            )
             return MapPass(**options, attribution=attribution)
         options = {**options, "dtype": torch.float32}  # gradients vanish in bfloat16
         if self.localization == "guided_backprop":
@@ -764,30 +725,20 @@ default="discrepancy"
         return MapPass(**options, attribution=partial(gradient, total))
 
 
-def total_loss(
-    stages: tuple[str, ...], weights: list[float], network: Any, x: Tensor
-) -> Tensor:
-    """Eq. 4 over some stages, for each sample."""
-    both = torch.stack(list(network.forward_stages(x, stages).values()))
-    return both.sum(dim=0) @ torch.tensor(weights, device=x.device)
-
-
-def discrepancy(
-    stages: tuple[str, ...], weights: list[float], network: Any, x: Tensor
-) -> Tensor:
-    """Eq. 4 position by position: maps of all stages, brought to one size."""
-    pairs = network.activations(x)
-    summed = torch.zeros(len(x), 1, *x.shape[2:], device=x.device)
-    for name in stages:
-        source, cloner = pairs[name]
-        if source.ndim == 4:
-            value = (source - cloner).square().mean(dim=1)
-            direction = 1 - F.cosine_similarity(source, cloner)
-            stage_map = weights[0] * value + weights[1] * direction
-            summed += F.interpolate(
-                stage_map[:, None], size=x.shape[2:], mode="bilinear"
-            )
-    return summed[:, 0]
+def paired(
+    network: SourceAndCloner,
+    outputs: PassOutputs,
+    shapes: list[tuple[int, ...]],
+    batches: Iterable[NDArray[np.intp]],
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Give each stage's activations in the source and the cloner, batch by batch."""
+    task = outputs.task
+    mixed = task.dtype == torch.bfloat16
+    for _, values in outputs.batches(batches):
+        x, *taps = (tap.to(task.device) for tap in to_taps(values, shapes))
+        with torch.autocast(task.device.type, torch.bfloat16, enabled=mixed):
+            imitated = network.imitate(x)
+        yield list(zip(network.standardize(taps), imitated, strict=True))
 
 
 def to_taps(values: NDArray[np.float32], shapes: list[tuple[int, ...]]) -> list[Tensor]:
