@@ -1,7 +1,7 @@
 """What a representation is worth, and what a classifier's outputs tell of the unknown.
 
-    python benchmarks/representation.py brittle --classes 0 4 6
-    python benchmarks/representation.py open-set --seeds 0 1 2
+    python benchmarks/representation.py brittle
+    python benchmarks/representation.py open-set --seeds 0 1 2 3
 
 brittle   the study of Mai et al. (2021): knowledge distillation, Mahalanobis,
           separability and brittleness of many representations, with their correlations.
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from _common import ROOT, environment, write_json
+from joblib import Parallel, delayed
 from sklearn.metrics import roc_auc_score
 
 from skdeepad import (
@@ -42,6 +43,7 @@ PUBLISHED = {
     "plain, oracle": 90.5,
     "oracle representation": 98.7,
 }
+PRETRAINED = {"lite0", "lite1", "lite2"}
 COLUMNS = ["mahalanobis_auroc", "knn_auroc", "separability", "brittleness"]
 
 
@@ -92,31 +94,78 @@ def run_brittle(args: argparse.Namespace) -> None:
         print(f"class {c}: {perf_counter() - start:.0f} s", flush=True)
     everything = pd.concat(tables, ignore_index=True)
     mean = everything.groupby(["backbone", "stage"], sort=False).mean().reset_index()
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    print(
-        f"\n{'rank correlation of AUROC with':34}{'all stages':>12}{'last stages':>12}"
-    )
-    last = mean.groupby("backbone", sort=False).tail(1)
-    for target in ("kd_auroc", "mahalanobis_auroc"):
-        for column in COLUMNS:
-            if column == target:
-                continue
-            pairs = {
-                name: float(rows[[target, column]].corr("spearman").iloc[0, 1])
-                for name, rows in (("all", mean), ("last", last))
-            }
-            found.setdefault(target, {})[column] = pairs
-            print(f"{target}: {column:20}{pairs['all']:12.2f}{pairs['last']:12.2f}")
     display = RepresentationDisplay(table=mean).plot()
     path = ROOT / "docs" / "images" / "representations.png"
     display.figure_.savefig(path, dpi=100)
     content = {
         "classes": args.classes,
         "rows": everything.to_dict("records"),
-        "spearman": found,
+        "spearman": correlations(everything),
+        "chosen": choices(everything),
         "environment": told,
     }
     write_json("representation-brittle", content)
+
+
+def spread(values: Any) -> dict[str, float]:
+    """Give mean and standard deviation."""
+    return {
+        "mean": round(float(np.mean(values)), 4),
+        "std": round(float(np.std(values, ddof=min(1, len(values) - 1))), 4),
+    }
+
+
+def correlations(everything: Any) -> dict[str, Any]:
+    """Correlate AUROC with the rest by rank: for each normal class, then the spread.
+
+    Over all representations, over the networks' last stages, and over the stages of
+    each network by itself.
+    """
+
+    def spearman(rows: Any) -> float:
+        return float(rows[pair].corr("spearman").iloc[0, 1])
+
+    found: dict[str, Any] = {}
+    print(f"\n{'rank correlation with':40}{'all':>16}{'last stages':>16}{'within':>16}")
+    for target in ("kd_auroc", "mahalanobis_auroc"):
+        for column in COLUMNS:
+            if column == target:
+                continue
+            pair = [target, column]
+            values: dict[str, list[float]] = {"all": [], "last": [], "within": []}
+            for _, rows in everything.groupby("class", sort=False):
+                networks = rows.groupby("backbone", sort=False)
+                values["all"].append(spearman(rows))
+                values["last"].append(spearman(networks.tail(1)))
+                within = [spearman(stages) for _, stages in networks]
+                values["within"].append(float(np.mean(within)))
+            row = {name: spread(each) for name, each in values.items()}
+            found.setdefault(target, {})[column] = row
+            told = "".join(f"{v['mean']:9.2f} ± {v['std']:.2f}" for v in row.values())
+            print(f"{target}: {column:22}{told}")
+    return found
+
+
+def choices(everything: Any) -> dict[str, Any]:
+    """Measure what the most brittle representation is worth, as one would choose it.
+
+    Among the stages of the three pretrained networks, beside the best stage and the
+    median one.
+    """
+    pretrained = everything[everything.backbone.isin(PRETRAINED)]
+    found: dict[str, Any] = {}
+    print(f"\n{'AUROC of':24}{'most brittle':>16}{'best':>16}{'median':>16}")
+    for target in ("kd_auroc", "mahalanobis_auroc"):
+        by_class = [rows for _, rows in pretrained.groupby("class", sort=False)]
+        row = {
+            "most brittle": [r.loc[r.brittleness.idxmax(), target] for r in by_class],
+            "best": [rows[target].max() for rows in by_class],
+            "median": [rows[target].median() for rows in by_class],
+        }
+        found[target] = {name: spread(values) for name, values in row.items()}
+        told = [f"{v['mean']:9.3f} ± {v['std']:.3f}" for v in found[target].values()]
+        print(f"{target:24}{''.join(told)}")
+    return found
 
 
 def split(seed: int, n_images: int) -> dict[str, Any]:
@@ -193,58 +242,62 @@ def oracle_auroc(model: Any, parts: dict[str, Any], trees: int) -> float:
     return 100 * found[model.stages_[0]]
 
 
-def run_open_set(args: argparse.Namespace) -> None:
-    told = environment()
+def run_draw(seed: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Measure all networks on one draw of the known classes."""
+    # Generalized ODIN's schedule, shortened: its paper has 300 epochs of SGD
+    longer = {
+        "max_steps": 4 * args.steps,
+        "milestones": (0.5, 0.75),
+        "weight_decay": 5e-4,
+    }
     variants: dict[str, dict[str, Any]] = {
         "plain": {},
+        "plain, longer": longer,
         "hybrid, lambda 1": {"reconstruction_weight": 1.0},
         "hybrid, lambda 10": {"reconstruction_weight": 10.0},
         "GODIN, cosine": {"head": "cosine"},
+        "GODIN, cosine, longer": {"head": "cosine", **longer},
         "ensemble of 3": {"n_members": 3},
     }
-    runs: dict[str, list[dict[str, float]]] = {}
-    for seed in args.seeds:
-        parts = split(seed, args.n_images)
-        images, target, normal = parts["train"]
-        known = normal == 1
-        for name, options in variants.items():
-            start = perf_counter()
-            model = OpenSetClassifier(
-                "mnist_lenet", max_steps=args.steps, random_state=seed, **options
-            ).fit(images[known], target[known])
-            seconds = round(perf_counter() - start, 1)
-            for row, figures in measure(name, model, parts, args.trees).items():
-                runs.setdefault(row, []).append(
-                    {"seed": seed, "fit_seconds": seconds, **figures}
-                )
-                print(
-                    f"{seed} {row:28}{figures['auroc']:8.2f}{seconds:8.1f} s",
-                    flush=True,
-                )
-        # the oracle representation: trained on the anomalies' classes, too
-        model = OpenSetClassifier(
-            "mnist_lenet", max_steps=args.steps, random_state=seed
-        )
-        model.fit(images, target)
-        figures = {"auroc": oracle_auroc(model, parts, args.trees)}
-        runs.setdefault("oracle representation", []).append({"seed": seed, **figures})
-        print(f"{seed} {'oracle representation':28}{figures['auroc']:8.2f}", flush=True)
-    print(f"\n{'':32}{'AUROC':>8}{'':8}{'paper':>8}")
+    parts = split(seed, args.n_images)
+    images, target, normal = parts["train"]
+    known = normal == 1
+    shared = {"backbone": "mnist_lenet", "max_steps": args.steps, "random_state": seed}
+    rows = {}
+    for name, options in variants.items():
+        start = perf_counter()
+        model = OpenSetClassifier(**{**shared, **options})
+        model.fit(images[known], target[known])
+        seconds = round(perf_counter() - start, 1)
+        for row, figures in measure(name, model, parts, args.trees).items():
+            rows[row] = {"seed": seed, "fit_seconds": seconds, **figures}
+            print(f"{seed} {row:38}{figures['auroc']:8.2f}{seconds:8.1f} s", flush=True)
+    # the oracle representation: trained on the anomalies' classes, too
+    model = OpenSetClassifier(**shared).fit(images, target)
+    auroc = oracle_auroc(model, parts, args.trees)
+    rows["oracle representation"] = {"seed": seed, "auroc": auroc}
+    print(f"{seed} {'oracle representation':38}{auroc:8.2f}", flush=True)
+    return rows
+
+
+def run_open_set(args: argparse.Namespace) -> None:
+    told = environment()
+    draws = Parallel(args.n_jobs)(delayed(run_draw)(seed, args) for seed in args.seeds)
+    print(f"\n{'':38}{'AUROC':>8}{'':8}{'paper':>8}")
     found = {}
-    for name, rows in runs.items():
-        aurocs = [row["auroc"] for row in rows]
-        mean, std = (
-            float(np.mean(aurocs)),
-            float(np.std(aurocs, ddof=min(1, len(rows) - 1))),
-        )
+    for name in draws[0]:
+        rows = [draw[name] for draw in draws]
+        auroc = spread([row["auroc"] for row in rows])
         published = PUBLISHED.get(name)
         found[name] = {
-            "auroc": round(mean, 2),
-            "std": round(std, 2),
+            "auroc": auroc["mean"],
+            "std": auroc["std"],
             "published": published,
             "runs": rows,
         }
-        print(f"{name:32}{mean:8.2f} ± {std:5.2f}{published or '':>8}")
+        print(
+            f"{name:38}{auroc['mean']:8.2f} ± {auroc['std']:5.2f}{published or '':>8}"
+        )
     options = {"seeds": args.seeds, "steps": args.steps, "n_images": args.n_images}
     content = {"options": options, "rows": found, "environment": told}
     write_json("representation-open_set", content)
@@ -255,10 +308,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("study", choices=["brittle", "open-set"])
-    parser.add_argument("--classes", type=int, nargs="+", default=[0, 4, 6])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--classes", type=int, nargs="+", default=list(range(10)))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--steps", type=int, default=600, help="for the LeNets")
     parser.add_argument("--n-images", type=int, default=21000)
+    parser.add_argument("--n-jobs", type=int, help="draws of open-set at once")
     parser.add_argument("--trees", type=int, default=1000, help="of the oracle")
     args = parser.parse_args()
     (run_brittle if args.study == "brittle" else run_open_set)(args)
