@@ -258,7 +258,7 @@ def main() -> None:
             found[name] = run_textures([64, 128], settings, n_train, seed=1)
             found[name]["published"] = 87.74
             print_row(name[:32], found[name]["mean"], 87.74)
-        write_json("kd_cloner-textures", {"rows": found, "environment": told})
+            write_json("kd_cloner-textures", {"rows": found, "environment": told})
     elif args.study == "localization":
         run_localization(told)
     else:

@@ -124,7 +124,7 @@ class KDClonerEstimator(BackboneDetector):
           At each position, the activations' difference over their size, averaged over
           a window of 3/16 of the map's sides, and its squared Mahalanobis length
           under the covariance of training images' differences; summed over stages.
-          The score is its largest value.
+          The score is minus the mean of the largest twentieth of that map.
     loss : {"total", "value", "direction"}, default="total"
         Eq. 4, or one of its terms alone (section 3.3.3).
     direction_weight : float or "auto", default="auto"

@@ -16,6 +16,7 @@ from ..objectives import direction_loss, value_loss
 # what stands for a stage where residuals are scored; no stage has a dot in its name
 RESIDUAL = "residual.largest"
 SHARE = 3 / 16  # of the sides of a map: the window that residuals are averaged over
+LARGEST = 1 / 20  # of a map's positions: those that an image is scored by
 TINY = 1e-12  # an energy: places where neither network says anything
 
 
@@ -24,7 +25,7 @@ class SourceAndCloner(Backbone):
 
     Its "features" are two numbers for each stage: the value loss and the direction
     loss of Eqs. 1 and 3. Once `precisions` are learnt, it has another stage,
-    `RESIDUAL`, of one number: the largest value of `residual_map`.
+    `RESIDUAL`, of one number: the mean of the largest values of `residual_map`.
 
     Parameters
     ----------
@@ -92,7 +93,9 @@ class SourceAndCloner(Backbone):
     def forward_stages(self, x: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
         """Give the value and the direction loss of the named stages."""
         if tuple(names) == (RESIDUAL,):
-            return {RESIDUAL: self.residual_map(x).amax(dim=(1, 2))[:, None]}
+            values = self.residual_map(x).flatten(1)
+            largest = values.topk(max(1, round(LARGEST * values.shape[1])))
+            return {RESIDUAL: largest.values.mean(dim=1, keepdim=True)}
         pairs = self.activations(x)
         return {name: losses(*pairs[name]) for name in names}
 
