@@ -217,7 +217,7 @@ def draw_pictures() -> None:
     figure, axes = plt.subplots(6, 9, figsize=(13.5, 9), layout="constrained")
     for k, texture in enumerate(TEXTURES):
         data = load(texture, 64)
-        detector, _ = fit(data, {})
+        detector, _ = fit(data, {"discrepancy": "mahalanobis"})
         kinds = ["scratch", "blob", "cut_paste", "blur", "missing"]
         good = np.flatnonzero(data.y_test == 1)[0]
         chosen = [*(np.flatnonzero(data.kinds_test == kind)[0] for kind in kinds), good]

@@ -122,8 +122,8 @@ class KDClonerEstimator(BackboneDetector):
         - "loss": by the loss of training, as in the paper: means over all positions.
         - "mahalanobis": beyond the paper, for small defects in irregular textures.
           At each position, the activations' difference over their size, averaged over
-          a window of 3/16 of the map's sides, and its squared Mahalanobis length
-          under the covariance of training images' differences; summed over stages.
+          a window of 3/16 of the map's sides, and its Mahalanobis length under the
+          covariance of training images' differences; squares are summed over stages.
           The score is minus the mean of the largest twentieth of that map.
     loss : {"total", "value", "direction"}, default="total"
         Eq. 4, or one of its terms alone (section 3.3.3).

@@ -100,7 +100,7 @@ class SourceAndCloner(Backbone):
         return {name: losses(*pairs[name]) for name in names}
 
     def residual_map(self, x: Tensor) -> Tensor:
-        """Give the Mahalanobis lengths of residuals, summed over the scored stages.
+        """Give the Mahalanobis length of residuals, of all scored stages together.
 
         Parameters
         ----------
@@ -122,7 +122,7 @@ class SourceAndCloner(Backbone):
                 lengths = (flat * (precision @ flat)).mean(dim=1)
                 stage_map = lengths.view(len(r), 1, *r.shape[2:])
                 summed += F.interpolate(stage_map, size=size, mode="bilinear")
-        return summed[:, 0]
+        return summed[:, 0].clamp(min=0).sqrt()
 
 
 def in_order(outputs: Any, stages: tuple[str, ...]) -> Iterable[Tensor]:
