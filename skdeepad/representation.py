@@ -282,9 +282,9 @@ def compare_representations(
         A row for each stage of each backbone. "n_features"; "brittleness"; "rank" by
         it, 1 for the most brittle, which takes no anomaly (docs/representation.md has
         what that is worth: little); "images_per_second" of the backbone's pass. With
-        anomalies also "separability" (balanced accuracy) and
-        "separability_auroc", and the AUROC of detectors: "kd_auroc" (knowledge
-        distillation at this stage), "mahalanobis_auroc" and "knn_auroc".
+        anomalies also "separability" (balanced accuracy) and "separability_auroc", and
+        the AUROC of detectors: "kd_auroc" (knowledge distillation at this stage),
+        "mahalanobis_auroc" and "knn_auroc".
 
     See Also
     --------

@@ -115,14 +115,13 @@ class SourceAndCloner(Backbone):
         pairs = self.activations(x)
         found = {name: residuals(*pairs[name]) for name in self.scored}
         size = max((r.shape[2:] for r in found.values()), key=math.prod)
-        summed = torch.zeros(len(x), 1, *size, device=x.device)
+        maps = []
         with torch.autocast(x.device.type, enabled=False):
             for precision, r in zip(self.precisions, found.values(), strict=True):
                 flat = r.flatten(2)
                 lengths = (flat * (precision @ flat)).mean(dim=1)
-                stage_map = lengths.view(len(r), 1, *r.shape[2:])
-                summed += F.interpolate(stage_map, size=size, mode="bilinear")
-        return summed[:, 0].clamp(min=0).sqrt()
+                maps.append(lengths.view(len(r), *r.shape[2:]))
+        return sum_maps(maps, size).clamp(min=0).sqrt()
 
 
 def in_order(outputs: Any, stages: tuple[str, ...]) -> Iterable[Tensor]:
@@ -181,20 +180,22 @@ def discrepancy(
 ) -> Tensor:
     """Eq. 4 position by position: maps of all stages, brought to one size."""
     pairs = network.activations(x)
-    summed = torch.zeros(len(x), 1, *x.shape[2:], device=x.device)
+    maps = []
     for name in stages:
         source, cloner = pairs[name]
         if source.ndim == 4:
             value = (source - cloner).square().mean(dim=1)
             direction = 1 - F.cosine_similarity(source, cloner)
-            stage_map = weights[0] * value + weights[1] * direction
-            summed += F.interpolate(
-                stage_map[:, None], size=x.shape[2:], mode="bilinear"
-            )
-    return summed[:, 0]
+            maps.append(weights[0] * value + weights[1] * direction)
+    return sum_maps(maps, x.shape[2:])
 
 
 def residual_map(network: Any, x: Tensor) -> Tensor:
     """`SourceAndCloner.residual_map`, brought to the size of the images."""
-    found = network.residual_map(x)[:, None]
-    return F.interpolate(found, size=x.shape[2:], mode="bilinear")[:, 0]
+    return sum_maps([network.residual_map(x)], x.shape[2:])
+
+
+def sum_maps(maps: list[Tensor], size: Any) -> Tensor:
+    """Bring maps, each of shape (n_samples, height, width), to one size; add them."""
+    resized = [F.interpolate(m[:, None], size=size, mode="bilinear") for m in maps]
+    return torch.cat(resized, dim=1).sum(dim=1)
