@@ -7,6 +7,7 @@ detectors on images stand on it alike.
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable
 from numbers import Real
@@ -20,11 +21,15 @@ from sklearn.utils._param_validation import Interval
 
 __all__ = [
     "AnomalyDetector",
+    "check_groups",
     "draw_seed",
     "keep_state_on_error",
     "known_normal",
     "numeric_labels",
 ]
+
+
+ROUNDING = 1e-9  # of scores, relative to their size: nearer ones count as tied
 
 
 def draw_seed(rng: np.random.RandomState) -> int:
@@ -109,6 +114,55 @@ def known_normal(y: ArrayLike | None, n_samples: int) -> NDArray[np.bool_]:
     return np.ones(n_samples, dtype=bool)
 
 
+def check_groups(groups: ArrayLike | None, n_samples: int) -> NDArray[Any] | None:
+    """Check what tells which samples belong together.
+
+    Raises
+    ------
+    ValueError
+        If groups has another length than X.
+    """
+    if groups is None:
+        return None
+    _, numbers = np.unique(column_or_1d(groups), return_inverse=True)
+    check_consistent_length(numbers, np.empty(n_samples))
+    return numbers
+
+
+def threshold_below(scores: NDArray[np.float64], share: float) -> float:
+    """Give the threshold below which this share of new scores is expected to fall.
+
+    A new score falls below the k-th of n exchangeable ones with probability
+    ``k / (n + 1)``. Between two of them the threshold is interpolated, but kept away
+    from both by a twentieth of their distance, so that rounding never decides; scores
+    that are tied but for rounding all stay above it.
+
+    Parameters
+    ----------
+    scores : ndarray of float64, shape (n,)
+        Scores of samples that did not train on themselves.
+    share : float
+        In (0, 1).
+
+    Returns
+    -------
+    float
+        Equal to none of the scores.
+    """
+    ordered = np.sort(scores)
+    sizes = np.maximum(np.abs(ordered), np.median(np.abs(ordered)))
+    rounding = np.maximum(ROUNDING * sizes, np.finfo(np.float64).tiny)
+    at = share * (len(ordered) + 1)
+    k = min(int(at), len(ordered) - 1)  # so many fall below
+    weight = at - k
+    while k and ordered[k] - ordered[k - 1] <= 2 * rounding[k]:
+        k, weight = k - 1, 1.0
+    if k == 0:
+        return float(ordered[0] - rounding[0])
+    weight = min(max(weight, 0.05), 0.95)
+    return float((1 - weight) * ordered[k - 1] + weight * ordered[k])
+
+
 def keep_state_on_error(fit: Callable[..., Any]) -> Callable[..., Any]:
     """Leave the estimator as it was when its `fit` or `partial_fit` fails."""
 
@@ -141,13 +195,22 @@ class AnomalyDetector(OutlierMixin, BaseEstimator):
     def _set_offset(self, held_out_scores: NDArray[np.float64]) -> None:
         """Put the threshold where `contamination` of new normal rows fall below.
 
-        The "weibull" quantile is the one whose expected coverage is exact: a new
-        score falls below the k-th of n exchangeable ones with probability
-        k / (n + 1).
+        Warns
+        -----
+        UserWarning
+            If there are too few scores for so small a share.
         """
-        self.offset_ = float(
-            np.quantile(held_out_scores, self.contamination, method="weibull")
-        )
+        n = len(held_out_scores)
+        if self.contamination * (n + 1) < 1:
+            needed = math.ceil(1 / self.contamination - 1)
+            warnings.warn(
+                f"contamination={self.contamination} cannot be kept with {n} training "
+                f"samples: about {100 / (n + 1):.2g} % of new normal samples will be "
+                f"flagged. Train on at least {needed} samples, or raise contamination.",
+                UserWarning,
+                stacklevel=3,
+            )
+        self.offset_ = threshold_below(held_out_scores, self.contamination)
 
     def score_samples(self, X: Any) -> NDArray[np.float64]:
         """Score each sample; the higher, the more normal."""

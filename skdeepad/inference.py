@@ -259,8 +259,7 @@ class PassOutputs:
     max_bytes : int
         The bound on what is kept.
     augment : callable, default=None
-        Changes a batch of samples before it is passed, anew each time; nothing is
-        kept then.
+        Changes a batch of samples before it is passed, anew each time, for training.
     """
 
     def __init__(
@@ -272,7 +271,7 @@ class PassOutputs:
     ) -> None:
         self.task = task
         self.inputs = inputs
-        self.max_bytes = 0 if augment else max_bytes
+        self.max_bytes = max_bytes
         self.augment = augment
         self.kept: NDArray[Any] | None = None
 
@@ -287,15 +286,28 @@ class PassOutputs:
                 self.kept[index] = values
             yield index, values
 
-    def batches(self, indices: Iterable[NDArray[np.intp]]) -> Iterator[Outputs]:
-        """Give the outputs for one batch of samples after the other."""
+    def unchanged(self, indices: Iterable[NDArray[np.intp]]) -> Iterator[Outputs]:
+        """Give the outputs for one batch of samples after the other, as in scoring."""
         if self.kept is not None:
             yield from ((index, self.kept[index]) for index in indices)
-            return
+        else:
+            yield from self._run(indices)
+
+    def batches(self, indices: Iterable[NDArray[np.intp]]) -> Iterator[Outputs]:
+        """Give the outputs for one mini-batch of samples after the other."""
+        if self.augment is None:
+            return self.unchanged(indices)
+        return self._run(indices, self.augment)
+
+    def _run(
+        self,
+        indices: Iterable[NDArray[np.intp]],
+        change: Callable[[Tensor], Tensor] | None = None,
+    ) -> Iterator[Outputs]:
         for batch in self.task.load(self.inputs, indices):
             if batch.values is None or batch.failed:
                 raise ValueError(f"Files cannot be read any more: {batch.failed}.")
-            values = self.augment(batch.values) if self.augment else batch.values
+            values = change(batch.values) if change else batch.values
             yield batch.index, self.task.run(values)
 
 

@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 from ..base import AnomalyDetector
 from ..features import BackboneEstimator
-from ..scorers._base import HeldOutScores
+from ..scorers._base import HeldOutScores, copies_together, warn_of_copies
 
 N_STAGES = 3  # of a pretrained network, by default
 MOST_SPREAD = 1e6  # rounding is not to be taken for scores
-ENOUGH = 20  # held-out samples, where a tenth would be fewer and there are 60
+MIN_HELD_OUT = 20  # samples, where a tenth would be fewer and there are 60
 
 
 class BackboneDetector(AnomalyDetector, BackboneEstimator):
@@ -71,15 +71,55 @@ class BackboneDetector(AnomalyDetector, BackboneEstimator):
         return scores
 
 
-def hold_out(n: int, fraction: float, rng: np.random.RandomState) -> NDArray[np.bool_]:
-    """Choose the samples that are not trained on.
+def find_related(
+    groups: NDArray[Any] | None, rows: NDArray[Any], digests: NDArray[np.uint64]
+) -> NDArray[Any]:
+    """Tell which training images belong together: as given, or exact copies.
 
     Parameters
     ----------
-    n : int
-        How many samples there are.
+    groups : ndarray of shape (n,) or None
+        What the user says.
+    rows : ndarray of shape (n, n_features)
+        Something of each image, to find near copies by.
+    digests : ndarray of uint64, shape (n,)
+        Of the images' content.
+
+    Returns
+    -------
+    ndarray of shape (n,)
+        The same number for images that belong together.
+
+    Raises
+    ------
+    ValueError
+        If all images are of one group.
+    """
+    if groups is None:
+        warn_of_copies(rows, digests)
+        related = copies_together(digests)
+        # copies of one image alone: training will tell
+        return related if related.any() else np.arange(len(related))
+    if len(groups) and (groups == groups[0]).all():
+        raise ValueError(
+            "groups has one group only, and none can be held out: pass images of at "
+            "least two groups, or leave groups out."
+        )
+    return groups
+
+
+def hold_out(
+    related: NDArray[Any], fraction: float, rng: np.random.RandomState
+) -> NDArray[np.bool_]:
+    """Choose the images that are not trained on.
+
+    Parameters
+    ----------
+    related : ndarray of shape (n,)
+        The same number for images that belong together: all of them are held out, or
+        none.
     fraction : float
-        The share to hold out; at least 20 samples, or a third of fewer than 60.
+        The share to hold out; at least 20 images, or a third of fewer than 60.
     rng : numpy.random.RandomState
         Chooses them.
 
@@ -87,10 +127,13 @@ def hold_out(n: int, fraction: float, rng: np.random.RandomState) -> NDArray[np.
     -------
     ndarray of bool, shape (n,)
     """
-    n_held_out = max(int(np.ceil(fraction * n)), min(ENOUGH, n // 3))
-    held_out = np.zeros(n, dtype=bool)
-    held_out[rng.permutation(n)[:n_held_out]] = True
-    return held_out
+    n = len(related)
+    n_held_out = max(int(np.ceil(fraction * n)), min(MIN_HELD_OUT, n // 3))
+    shuffled = related[rng.permutation(n)]
+    found, first, sizes = np.unique(shuffled, return_index=True, return_counts=True)
+    order = np.argsort(first)
+    enough = np.searchsorted(np.cumsum(sizes[order]), n_held_out) + 1
+    return np.isin(related, found[order[: min(enough, len(found) - 1)]])
 
 
 def as_unseen(

@@ -16,7 +16,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval
 from torch import Tensor
 
-from ..base import keep_state_on_error, numeric_labels
+from ..base import check_groups, keep_state_on_error, numeric_labels
 from ..inference import PassOutputs
 from ..objectives import semi_supervised_loss
 from ..training import balanced_batches, batchnorm_batches
@@ -209,7 +209,9 @@ class DeepSAD(SphereDetector):
 
     @keep_state_on_error
     @_fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X: Any, y: ArrayLike | None = None) -> DeepSAD:
+    def fit(
+        self, X: Any, y: ArrayLike | None = None, groups: ArrayLike | None = None
+    ) -> DeepSAD:
         """Train the network.
 
         Parameters
@@ -221,6 +223,10 @@ class DeepSAD(SphereDetector):
         y : array-like of shape (n_samples,), default=None
             +1 for images known to be normal, -1 for known anomalies, 0 for images
             without label. None: no image has one, which is Deep SVDD.
+        groups : array-like of shape (n_samples,), default=None
+            What each image belongs to, such as a part or a video: what is held out of
+            training to set the threshold are whole groups. None: images are
+            unrelated, but exact copies, which are held out together.
 
         Returns
         -------
@@ -241,8 +247,10 @@ class DeepSAD(SphereDetector):
             If all images have one score.
         """
         inputs = self._fit_inputs(X)
+        groups = check_groups(groups, len(inputs))
         labels = check_semi_labels(y, len(inputs))
-        self._fit_sphere(inputs, labels, check_random_state(self.random_state))
+        rng = check_random_state(self.random_state)
+        self._fit_sphere(inputs, labels, groups, rng)
         return self
 
     def _losses(

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 
 from ..backbones import Backbone
 from ..backbones._small import ContrastNormalization, biases, without_biases
-from ..base import draw_seed, keep_state_on_error, known_normal
+from ..base import check_groups, draw_seed, keep_state_on_error, known_normal
 from ..inference import PassOutputs
 from ..inputs import Vectors, chunks
 from ..objectives import compactness, soft_boundary_loss
 from ..training import batchnorm_batches
-from ._base import hold_out
 from ._trained import TrainedDetector
 
 N_OUTPUTS = 32  # where the last layer of a network is not linear
@@ -65,6 +64,7 @@ class SphereDetector(TrainedDetector):
         self,
         inputs: Vectors,
         labels: NDArray[np.intp],
+        groups: NDArray[Any] | None,
         rng: np.random.RandomState,
     ) -> None:
         """Train on samples labelled 0 or 1, and on anomalies (-1), if there are any."""
@@ -73,11 +73,11 @@ class SphereDetector(TrainedDetector):
             self._normalize_contrast(inputs)
         names = [name for name in self.backbone_.stage_names if name != CONTRAST]
         outputs = self._cut(inputs, tuple(names), rng)
-        readable = self._pass_once(outputs)
-        rows = np.flatnonzero((labels >= 0) & readable)
-        anomalies = np.flatnonzero((labels < 0) & readable)
+        seen = self._pass_once(outputs)
+        rows = np.flatnonzero((labels >= 0) & seen.readable)
+        anomalies = np.flatnonzero((labels < 0) & seen.readable)
         self._check_enough(len(rows))
-        held_out = hold_out(len(rows), self.validation_fraction, rng)
+        held_out = self._hold_out(seen, rows, groups, rng)
         trained = rows[~held_out]
         self._project(draw_seed(rng))
         if self.pretrain_steps:
@@ -431,7 +431,9 @@ class DeepSVDD(SphereDetector):
 
     @keep_state_on_error
     @_fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X: Any, y: ArrayLike | None = None) -> DeepSVDD:
+    def fit(
+        self, X: Any, y: ArrayLike | None = None, groups: ArrayLike | None = None
+    ) -> DeepSVDD:
         """Train the network on normal images.
 
         Parameters
@@ -442,6 +444,10 @@ class DeepSVDD(SphereDetector):
             images, uint8 or floats in [0, 1]; or paths of image files.
         y : array-like of shape (n_samples,), default=None
             +1 for normal images, -1 for known anomalies, which are left out.
+        groups : array-like of shape (n_samples,), default=None
+            What each image belongs to, such as a part or a video: what is held out of
+            training to set the threshold are whole groups. None: images are
+            unrelated, but exact copies, which are held out together.
 
         Returns
         -------
@@ -462,12 +468,15 @@ class DeepSVDD(SphereDetector):
             If all images have one score, or if the radius of a soft boundary is 0.
         """
         inputs = self._fit_inputs(X)
+        groups = check_groups(groups, len(inputs))
         normal = known_normal(y, len(inputs))
         if not normal.all():
             inputs = inputs.take(normal)
+            groups = None if groups is None else groups[normal]
         self.radius_ = 0.0
         labels = np.zeros(len(inputs), dtype=np.intp)
-        self._fit_sphere(inputs, labels, check_random_state(self.random_state))
+        rng = check_random_state(self.random_state)
+        self._fit_sphere(inputs, labels, groups, rng)
         if self.objective == "soft-boundary" and self.radius_ == 0:
             warnings.warn(
                 f"The radius is still 0 after max_steps={self.max_steps}: lower "

@@ -21,17 +21,16 @@ from sklearn.utils.multiclass import type_of_target
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from ..base import draw_seed, keep_state_on_error
+from ..base import check_groups, draw_seed, keep_state_on_error
 from ..inference import PassOutputs
 from ..inputs import chunks
 from ..objectives import focal_loss, hypersphere_loss, radial_distance
 from ..scorers import GaussianScorer
 from ..training import balanced_batches
-from ._base import hold_out
 from ._trained import FineTunedDetector
 
 N_OUTPUTS = 64  # where the last layer of a network is not made for the objective
-WATCHED = 1024  # images that are looked at for a collapse
+N_CHECKED = 1024  # images that are looked at for a collapse
 TAUGHT = 0.01  # an outlier loss below it teaches nothing
 
 
@@ -309,7 +308,9 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
 
     @keep_state_on_error
     @_fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X: Any, y: ArrayLike | None = None) -> HSCClassifier:
+    def fit(
+        self, X: Any, y: ArrayLike | None = None, groups: ArrayLike | None = None
+    ) -> HSCClassifier:
         """Train the network on normal images and outliers.
 
         Parameters
@@ -322,6 +323,10 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
             +1 for normal images, -1 for known anomalies or images of anything else;
             or any two labels, of which the greater is normal. None: there are only
             normal images, and noise is made for outliers.
+        groups : array-like of shape (n_samples,), default=None
+            What each image belongs to, such as a part or a video: what is held out of
+            training to set the threshold are whole groups. None: images are
+            unrelated, but exact copies, which are held out together.
 
         Returns
         -------
@@ -345,18 +350,19 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
             all images have one score.
         """
         inputs = self._fit_inputs(X)
+        groups = check_groups(groups, len(inputs))
         self.classes_, normal = self._check_labels(y, len(inputs))
         rng = check_random_state(self.random_state)
         outputs = self._cut(inputs, self._trained_stages(self.backbone_), rng)
-        readable = self._pass_once(outputs)
-        rows = np.flatnonzero(normal & readable)
-        outliers = np.flatnonzero(~normal & readable)
+        seen = self._pass_once(outputs)
+        rows = np.flatnonzero(normal & seen.readable)
+        outliers = np.flatnonzero(~normal & seen.readable)
         self._check_enough(len(rows))
         if y is not None and not len(outliers):
             raise ValueError("y has one class only: no image of the other can be read.")
         held_out = np.zeros(len(rows), dtype=bool)
         if self.contamination is not None:
-            held_out = hold_out(len(rows), self.validation_fraction, rng)
+            held_out = self._hold_out(seen, rows, groups, rng)
         whole = self._trains_all(self.backbone_)
         if not whole:
             # nothing is behind the features yet
@@ -375,12 +381,10 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
         if self.contamination is None:
             self._held_out = None
             self.offset_ = -math.log(2) if self.objective == "hsc" else 0.0
-            found = self._settled_outputs(outputs, rows[:WATCHED])
-            self._watch(self._score(found))
+            found = self._settled_outputs(outputs, rows[:N_CHECKED])
+            self._warn_of_collapse(self._score(found))
         else:
             self._learn_threshold(self._settled_outputs(outputs, rows), held_out)
-            # classifiers take 0 for the first class, outlier detectors for normal
-            self.offset_ = float(np.nextafter(self.offset_, -np.inf))
         return self
 
     def _check_labels(

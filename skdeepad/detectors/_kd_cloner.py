@@ -23,13 +23,13 @@ from torch.nn import functional as F
 
 from ..backbones import Backbone
 from ..backbones._cloner import make_cloner
-from ..base import draw_seed, keep_state_on_error, known_normal
+from ..base import check_groups, draw_seed, keep_state_on_error, known_normal
 from ..inference import FeaturePass, PassOutputs, TapPass, iter_features
 from ..inputs import Vectors, chunks
 from ..localization import MapPass, fit_size, gradient, guided, refine, smoothgrad
 from ..scorers._base import row_digests
 from ..training import DivergedError, batchnorm_batches, train
-from ._base import BackboneDetector, as_unseen, hold_out
+from ._base import BackboneDetector, as_unseen, find_related, hold_out
 from ._source_and_cloner import (
     RESIDUAL,
     TINY,
@@ -392,7 +392,9 @@ default="discrepancy"
 
     @keep_state_on_error
     @_fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X: Any, y: ArrayLike | None = None) -> KDClonerEstimator:
+    def fit(
+        self, X: Any, y: ArrayLike | None = None, groups: ArrayLike | None = None
+    ) -> KDClonerEstimator:
         """Teach the cloner what the source makes of normal images.
 
         Parameters
@@ -403,6 +405,10 @@ default="discrepancy"
             images, uint8 or floats in [0, 1]; or paths of image files.
         y : array-like of shape (n_samples,), default=None
             +1 for normal images, -1 for known anomalies, which are left out.
+        groups : array-like of shape (n_samples,), default=None
+            What each image belongs to, such as a part or a video: what is held out of
+            training to set the threshold are whole groups. None: images are
+            unrelated, but exact copies, which are held out together.
 
         Returns
         -------
@@ -418,9 +424,11 @@ default="discrepancy"
             If image files, or the weights, are missing.
         """
         inputs = self._fit_inputs(X)
+        groups = check_groups(groups, len(inputs))
         normal = known_normal(y, len(inputs))
         if not normal.all():
             inputs = inputs.take(normal)
+            groups = None if groups is None else groups[normal]
         rng = check_random_state(self.random_state)
         self.score_stages_ = self._check_score_stages()
         taps = TapPass(**vars(self._feature_pass()))
@@ -428,10 +436,13 @@ default="discrepancy"
         augment = self._augmentation(draw_seed(rng))
         outputs = PassOutputs(taps, inputs, self.max_cache_bytes, augment)
         shapes = self._tap_shapes(sample_shape)
-        means, scales, readable = self._measure(outputs, shapes)
-        rows = np.flatnonzero(readable)
+        averages, digests = self._measure(outputs, shapes)
+        rows = np.flatnonzero(~np.isnan(averages).any(axis=(1, 2)))
         self._check_enough(len(rows))
-        held_out = hold_out(len(rows), self.validation_fraction, rng)
+        means, scales = self._standardization(averages[rows], shapes)
+        told = None if groups is None else groups[rows]
+        related = find_related(told, averages[rows, 0], digests[rows])
+        held_out = hold_out(related, self.validation_fraction, rng)
         cloner = self._make_cloner(sample_shape, shapes, draw_seed(rng))
         network = SourceAndCloner(self.backbone_, cloner, self.stages_, means, scales)
         self._train(network, outputs, shapes, rows[~held_out], rng)
@@ -477,21 +488,32 @@ default="discrepancy"
 
     def _measure(
         self, outputs: PassOutputs, shapes: list[tuple[int, ...]]
-    ) -> tuple[list[Tensor], list[Tensor], NDArray[np.bool_]]:
-        """Pass all samples once; give the mean and the scale of each channel."""
+    ) -> tuple[NDArray[np.float32], NDArray[np.uint64]]:
+        """Pass all samples once; give each channel's mean and mean square in each.
+
+        Samples that cannot be read have NaN. The other array holds digests, by which
+        copies are known.
+        """
         task, n = outputs.task, len(outputs.inputs)
         row: Any = (np.float32, (sum(map(np.prod, shapes)),))
-        widths = [shape[0] for shape in shapes[1:]]
         # by sample, so that sums do not depend on the order in which they come
-        moments = np.full((n, 2, sum(widths)), np.nan, dtype=np.float32)
+        averages = np.full((n, 2, sum(s[0] for s in shapes[1:])), np.nan, np.float32)
+        digests = np.zeros(n, dtype=np.uint64)
         for index, values in outputs.keep(self._run(task, outputs.inputs, False, row)):
-            _, *taps = to_taps(values, shapes)
+            x, *taps = to_taps(values, shapes)
+            digests[index] = row_digests(x.flatten(1).numpy())
             maps = [tap.reshape(*tap.shape[:2], -1) for tap in taps]
             for k, power in enumerate((1, 2)):
                 mean = torch.cat([(m**power).mean(dim=2) for m in maps], dim=1)
-                moments[index, k] = mean.numpy()
-        readable = ~np.isnan(moments).any(axis=(1, 2))
-        average = torch.from_numpy(moments[readable].mean(axis=0, dtype=np.float64))
+                averages[index, k] = mean.numpy()
+        return averages, digests
+
+    def _standardization(
+        self, averages: NDArray[np.float32], shapes: list[tuple[int, ...]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Give the mean and the scale of each stage's channels."""
+        widths = [shape[0] for shape in shapes[1:]]
+        average = torch.from_numpy(averages.mean(axis=0, dtype=np.float64))
         means, scales = [], []
         for mean, square in zip(*(m.split(widths) for m in average), strict=True):
             variance = (square - mean**2).clamp(min=0)
@@ -499,7 +521,7 @@ default="discrepancy"
             varies = self.standardize and float(variance.max()) > 0
             means.append(mean.float() if varies else torch.zeros(len(mean)))
             scales.append(variance.sqrt().float() if varies else torch.ones(len(mean)))
-        return means, scales, readable
+        return means, scales
 
     def _make_cloner(
         self, sample_shape: tuple[int, ...], shapes: list[tuple[int, ...]], seed: int

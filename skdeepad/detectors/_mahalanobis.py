@@ -18,11 +18,11 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 
 from ..backbones import Backbone
-from ..base import keep_state_on_error, known_normal
+from ..base import check_groups, keep_state_on_error, known_normal
 from ..inference import fingerprint
 from ..inputs import Vectors
 from ..scorers import GaussianScorer
-from ..scorers._base import row_digests
+from ..scorers._base import row_digests, warn_of_copies
 from ..scorers._gaussian import can_update
 from ._base import N_STAGES, BackboneDetector
 
@@ -187,7 +187,9 @@ estimator, default="ledoit_wolf"
 
     @keep_state_on_error
     @_fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X: Any, y: ArrayLike | None = None) -> MahalanobisFeatureScorer:
+    def fit(
+        self, X: Any, y: ArrayLike | None = None, groups: ArrayLike | None = None
+    ) -> MahalanobisFeatureScorer:
         """Fit Gaussians to the features of normal images.
 
         Parameters
@@ -198,6 +200,10 @@ estimator, default="ledoit_wolf"
             images, uint8 or floats in [0, 1]; or paths of image files.
         y : array-like of shape (n_samples,), default=None
             +1 for normal images, -1 for known anomalies, which are left out.
+        groups : array-like of shape (n_samples,), default=None
+            What each image belongs to, such as a part or a video: the threshold is
+            set by scores for which the image's whole group is left out. None: images
+            are unrelated, but exact copies, which are left out together.
 
         Returns
         -------
@@ -211,12 +217,21 @@ estimator, default="ledoit_wolf"
         FileNotFoundError
             If image files, or the weights, are missing.
         """
-        features = self._training_features(self._fit_inputs(X), y)
+        inputs = self._fit_inputs(X)
+        groups = check_groups(groups, len(inputs))
+        features, rows = self._training_features(inputs, y)
+        self._check_enough(len(rows), 3)
         digests = row_digests(features)
         self._gaussians = self._new_gaussians()
-        held_out = [
-            gaussian._fit(part, digests) for gaussian, part in self._by_part(features)
-        ]
+        held_out = []
+        for gaussian, part in self._by_part(features):
+            gaussian._learn(part, digests)
+            if groups is None:
+                held_out.append(gaussian._leave_one_out(part, digests))
+            else:
+                held_out.append(gaussian._leave_groups_out(part, digests, groups[rows]))
+        if groups is None:
+            warn_of_copies(features, digests)
         return self._finish(digests, held_out)
 
     @available_if(can_update)
@@ -251,7 +266,8 @@ estimator, default="ledoit_wolf"
         """
         first = not hasattr(self, "_gaussians")
         inputs = self._fit_inputs(X) if first else self._check_inputs(X)
-        features = self._training_features(inputs, y, minimum=2 if first else 1)
+        features, rows = self._training_features(inputs, y)
+        self._check_enough(len(rows), 3 if first else 1)
         digests = row_digests(features)
         if first:
             self._gaussians = self._new_gaussians()
@@ -318,15 +334,15 @@ estimator, default="ledoit_wolf"
         return self._finish(self._gaussians[0]._stream[1].digests, held_out)
 
     def _training_features(
-        self, inputs: Vectors, y: ArrayLike | None, minimum: int = 2
-    ) -> NDArray[np.float32]:
-        normal = known_normal(y, len(inputs))
-        if not normal.all():  # else there is nothing to copy
-            inputs = inputs.take(normal)
+        self, inputs: Vectors, y: ArrayLike | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
+        """Give the features of normal images that can be read, and their positions."""
+        rows = np.flatnonzero(known_normal(y, len(inputs)))
+        if len(rows) < len(inputs):  # else there is nothing to copy
+            inputs = inputs.take(rows)
         features = self._all_features(inputs, fitting=True)
-        features = features[~np.isnan(features).any(axis=1)]  # skipped files
-        self._check_enough(len(features), minimum)
-        return features
+        readable = ~np.isnan(features).any(axis=1)
+        return features[readable], rows[readable]
 
     def _new_gaussians(self) -> list[GaussianScorer]:
         n = 1 if self.joint else len(self.stages_)

@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backbones import Backbone
-from ..base import draw_seed, keep_state_on_error
+from ..base import check_groups, draw_seed, keep_state_on_error
 from ..inference import JunctionPass, PassOutputs, fingerprint, frozen_copy
 from ..inputs import Vectors
 from ..training import batchnorm_batches
-from ._base import hold_out
 from ._trained import FineTunedDetector, TrainedEnd
 
 GODIN = ("inner", "cosine", "euclidean")
@@ -343,7 +342,9 @@ default="max_logit"
 
     @keep_state_on_error
     @_fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X: Any, y: ArrayLike | None = None) -> OpenSetClassifier:
+    def fit(
+        self, X: Any, y: ArrayLike | None = None, groups: ArrayLike | None = None
+    ) -> OpenSetClassifier:
         """Train the network on images of known classes.
 
         Parameters
@@ -355,6 +356,10 @@ default="max_logit"
         y : array-like of shape (n_samples,)
             Their classes, two at least. With ``head="given"`` only the classes'
             names are learnt: sorted, they stand for the logits; None for numbers.
+        groups : array-like of shape (n_samples,), default=None
+            What each image belongs to, such as a part or a video: what is held out of
+            training to set the threshold are whole groups. None: images are
+            unrelated, but exact copies, which are held out together.
 
         Returns
         -------
@@ -375,15 +380,17 @@ default="max_logit"
                 f"to one of {', '.join(GODIN)}."
             )
         inputs = self._fit_inputs(X)
+        groups = check_groups(groups, len(inputs))
         targets = self._check_classes(y, len(inputs))
         rng = check_random_state(self.random_state)
         if self.n_members > 1:
-            return self._fit_members(X, y, inputs, rng)
+            return self._fit_members(X, y, groups, rng)
         trained = () if self.head == "given" else self._trained_stages(self.backbone_)
         outputs = self._cut(inputs, trained, rng)
-        rows = np.flatnonzero(self._pass_once(outputs))
+        seen = self._pass_once(outputs)
+        rows = np.flatnonzero(seen.readable)
         self._check_enough(len(rows))
-        held_out = hold_out(len(rows), self.validation_fraction, rng)
+        held_out = self._hold_out(seen, rows, groups, rng)
         self._put_head(draw_seed(rng))
         if self.head == "given":
             held_out[:] = True  # nothing is trained on
@@ -508,7 +515,7 @@ default="max_logit"
             yield loss
 
     def _fit_members(
-        self, X: Any, y: Any, inputs: Vectors, rng: np.random.RandomState
+        self, X: Any, y: Any, groups: Any, rng: np.random.RandomState
     ) -> OpenSetClassifier:
         """Fit the members of an ensemble, each from a seed of its own."""
         members = [
@@ -518,7 +525,7 @@ default="max_logit"
             for _ in range(self.n_members)
         ]
         self.estimators_ = Parallel(n_jobs=self.n_jobs)(
-            delayed(member.fit)(X, y) for member in members
+            delayed(member.fit)(X, y, groups) for member in members
         )
         first = self.estimators_[0]
         self.backbone_, self.trained_stages_ = first.backbone_, first.trained_stages_

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from ..backbones._backbone import Versions
 from ..backbones._pretrained import read_tensors
-from ..base import draw_seed, keep_state_on_error, known_normal
+from ..base import check_groups, draw_seed, keep_state_on_error, known_normal
 from ..fisher import check_classes, mean_squared_gradients, sampled_loss
 from ..inference import (
     FeaturePass,
@@ -44,7 +44,7 @@ from ..objectives import compactness, elastic_penalty, outlier_exposure
 from ..scorers import CentroidScorer, KMeansScorer, KNNScorer
 from ..scorers._base import Scorer, row_digests
 from ..training import DivergedError, shuffled_batches, train
-from ._base import BackboneDetector, as_unseen, hold_out
+from ._base import BackboneDetector, as_unseen, find_related, hold_out
 
 SCORERS = {"knn": KNNScorer, "kmeans": KMeansScorer, "centroid": CentroidScorer}
 ADAPTATIONS = {"early_stopping", "ses", "ewc", "joint", "outlier_exposure"}
@@ -216,8 +216,8 @@ None, default="ewc"
     scorer : {"knn", "kmeans", "centroid"} or outlier detector, default="knn"
         What scores the adapted features: `KNNScorer` (k = 2, the paper's),
         `KMeansScorer` (10 means), `CentroidScorer`, all with their defaults, or any
-        scikit-learn outlier detector. ``make_pipeline(GaussianScorer(),
-        KNNScorer())`` is the paper's whitening.
+        scikit-learn outlier detector. ``KNNScorer(metric="mahalanobis")`` is the
+        paper's whitening.
     include_initial : bool, default=True
         Whether the features as they were before count beside the adapted ones: a
         score is then the mean of the distances in both, each divided by its typical
@@ -478,6 +478,7 @@ None, default="ewc"
         self,
         X: Any,
         y: ArrayLike | None = None,
+        groups: ArrayLike | None = None,
         *,
         X_pretrain: Any = None,
         y_pretrain: ArrayLike | None = None,
@@ -493,6 +494,10 @@ None, default="ewc"
         y : array-like of shape (n_samples,), default=None
             +1 for normal images, -1 for known anomalies: they are left out, except
             by ``adaptation="outlier_exposure"``, which needs them.
+        groups : array-like of shape (n_samples,), default=None
+            What each image belongs to, such as a part or a video: what is held out of
+            training to set the threshold are whole groups. None: images are
+            unrelated, but exact copies, which are held out together.
         X_pretrain : array-like or sequence of paths, default=None
             For ``adaptation="joint"``: images of the classes that the network was
             pretrained on.
@@ -519,6 +524,7 @@ None, default="ewc"
             the paper's longest adaptation (50 times).
         """
         inputs = self._fit_inputs(X)
+        groups = check_groups(groups, len(inputs))
         normal = known_normal(y, len(inputs))
         exposed = self.adaptation == "outlier_exposure"
         if exposed and normal.all():
@@ -527,7 +533,9 @@ None, default="ewc"
                 "as one (-1)."
             )
         if not (exposed or normal.all()):
-            inputs, normal = inputs.take(normal), normal[normal]
+            inputs = inputs.take(normal)
+            groups = None if groups is None else groups[normal]
+            normal = normal[normal]
         rng = check_random_state(self.random_state)
         stages = self._copy_stages()
         trunk = self._trunk_pass()
@@ -539,7 +547,9 @@ None, default="ewc"
         readable = ~np.isnan(features).any(axis=1)
         rows = np.flatnonzero(normal & readable)
         self._check_enough(len(rows))
-        held_out = self._hold_out(len(rows), rng)
+        told = None if groups is None else groups[rows]
+        digests = row_digests(features[rows])
+        held_out = self._hold_out(find_related(told, features[rows], digests), rng)
         self._logit: nn.Linear | None = None
         self.loss_curve_ = np.empty(0)
         self.checkpoints_: tuple[int, ...] = (0,)
@@ -568,7 +578,7 @@ None, default="ewc"
             versions = self._train(adaptation, losses)
             features = self._update(features, versions, outputs, rows, held_out)
         self.n_iter_ = len(self.loss_curve_)
-        self._learn_scores(features[rows], held_out, rng)
+        self._learn_scores(features[rows], held_out, told, rng)
         return self
 
     def _copy_stages(self) -> nn.Sequential:
@@ -636,12 +646,14 @@ None, default="ewc"
         for index, values in regroup(outputs, task.batch_size):
             yield index, task.run(to_tensor(values))
 
-    def _hold_out(self, n: int, rng: np.random.RandomState) -> NDArray[np.bool_]:
+    def _hold_out(
+        self, related: NDArray[Any], rng: np.random.RandomState
+    ) -> NDArray[np.bool_]:
         """Choose the samples that are not trained on: App. D's 10 %."""
         # the package's scorers know their scores when left out themselves
         if not self.adaptation and isinstance(self.scorer, str | Scorer):
-            return np.zeros(n, dtype=bool)
-        return hold_out(n, self.validation_fraction, rng)
+            return np.zeros(len(related), dtype=bool)
+        return hold_out(related, self.validation_fraction, rng)
 
     def _trained_head(
         self, n_features: int, rng: np.random.RandomState
@@ -774,6 +786,7 @@ None, default="ewc"
         self,
         features: NDArray[np.float32],
         held_out: NDArray[np.bool_],
+        groups: NDArray[Any] | None,
         rng: np.random.RandomState,
     ) -> None:
         """Fit a scorer to each checkpoint's features, and set the threshold."""
@@ -792,7 +805,8 @@ None, default="ewc"
                 gallery = clone(scorer).fit(psi[~held_out])
                 unseen.append(gallery.score_samples(psi[held_out]))
                 self._typical.append(-unseen[-1].mean())
-            self.scorers_.append(clone(scorer).fit(psi))
+            given = {"groups": groups} if isinstance(scorer, Scorer) else {}
+            self.scorers_.append(clone(scorer).fit(psi, **given))
         scores = self._score(features)
         if held_out.any():
             if unseen:

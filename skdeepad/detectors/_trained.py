@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import islice
 from math import prod
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,10 +28,11 @@ from ..inference import FeaturePass, JunctionPass, PassOutputs, pool, regroup
 from ..inputs import Vectors, chunks
 from ..scorers._base import row_digests
 from ..training import DivergedError, train
-from ._base import N_STAGES, BackboneDetector, as_unseen
+from ._base import N_STAGES, BackboneDetector, as_unseen, find_related, hold_out
 
 DECAY = 0.1  # of the learning rate at a milestone
 SPREAD = 1e-4  # of scores, relative to their size: less is none
+N_LOOKED_AT = 256  # columns of a row, to know near copies by
 Rows = Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]
 
 
@@ -110,6 +111,14 @@ class TrainedEnd(Backbone):
     def forward_stages(self, x: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
         """Give the same, under any name that is asked for."""
         return dict.fromkeys(names, self(x))
+
+
+class FirstPass(NamedTuple):
+    """What is known of samples once they have passed the frozen stages."""
+
+    readable: NDArray[np.bool_]
+    columns: NDArray[np.float32]  # some of each row, by which near copies are known
+    digests: NDArray[np.uint64]  # by which exact copies are known
 
 
 class TrainedDetector(BackboneDetector):
@@ -197,12 +206,32 @@ class TrainedDetector(BackboneDetector):
         with torch.inference_mode():
             return self._network.frozen().features(rows).shape[1]
 
-    def _pass_once(self, outputs: PassOutputs) -> NDArray[np.bool_]:
-        """Pass all samples through the frozen stages; tell which can be read."""
-        readable = np.zeros(len(outputs.inputs), dtype=bool)
-        for index, _ in outputs.keep(self._run_frozen(outputs.inputs, False)):
-            readable[index] = True
-        return readable
+    def _pass_once(self, outputs: PassOutputs) -> FirstPass:
+        """Pass all samples through the frozen stages."""
+        n = len(outputs.inputs)
+        some = slice(None, None, max(1, self._n_columns // N_LOOKED_AT))
+        seen = FirstPass(
+            np.zeros(n, dtype=bool),
+            np.zeros((n, len(range(self._n_columns)[some])), dtype=np.float32),
+            np.zeros(n, dtype=np.uint64),
+        )
+        for index, rows in outputs.keep(self._run_frozen(outputs.inputs, False)):
+            seen.readable[index] = True
+            seen.columns[index] = rows[:, some]
+            seen.digests[index] = row_digests(rows)
+        return seen
+
+    def _hold_out(
+        self,
+        seen: FirstPass,
+        rows: NDArray[np.intp],
+        groups: NDArray[Any] | None,
+        rng: np.random.RandomState,
+    ) -> NDArray[np.bool_]:
+        """Choose which of these samples are not trained on."""
+        told = None if groups is None else groups[rows]
+        related = find_related(told, seen.columns[rows], seen.digests[rows])
+        return hold_out(related, self.validation_fraction, rng)
 
     def _outputs(
         self, outputs: PassOutputs, index: NDArray[np.intp]
@@ -281,7 +310,7 @@ class TrainedDetector(BackboneDetector):
         self, outputs: PassOutputs, index: NDArray[np.intp]
     ) -> NDArray[np.float32]:
         """Give what the settled network makes of training samples, as in scoring."""
-        batches = outputs.batches(chunks(index, self.batch_size))
+        batches = outputs.unchanged(chunks(index, self.batch_size))
         return np.concatenate([found for _, found in self._run_end(batches)])
 
     def _learn_threshold(
@@ -289,14 +318,14 @@ class TrainedDetector(BackboneDetector):
     ) -> None:
         """Set the threshold by outputs for training samples, some held out."""
         scores = self._score(found)
-        self._watch(scores)
+        self._warn_of_collapse(scores)
         if not held_out.all():
             scores[~held_out] = as_unseen(
                 scores[~held_out], scores[held_out], spread=True
             )
         self._set_threshold(row_digests(found), scores)
 
-    def _watch(self, scores: NDArray[np.float64]) -> None:
+    def _warn_of_collapse(self, scores: NDArray[np.float64]) -> None:
         """Warn if all images have one score."""
         if np.ptp(scores) <= SPREAD * np.abs(scores).max():
             warnings.warn(

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.base import _fit_context
-from sklearn.model_selection import KFold
+from sklearn.base import _fit_context, clone
+from sklearn.model_selection import GroupKFold
 from sklearn.utils import gen_batches
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from ..base import AnomalyDetector, keep_state_on_error, known_normal
+from ..base import AnomalyDetector, check_groups, keep_state_on_error, known_normal
+from ._neighbors import center_and_scale, centred, nearest
 
 FLOATS = (np.float64, np.float32)
 METRICS = ("sqeuclidean", "euclidean", "cosine")
 BLOCK = 1024  # rows that are worked on at a time, so that memory stays bounded
+N_INSPECTED = 256  # rows whose neighbours are inspected for near copies
+LEAP = 10  # from one neighbour to the next: a near copy's distance to others'
+MAX_COPIED = 0.2  # share of rows with copies from which on a warning is due
 
 
 def row_digests(X: NDArray[Any]) -> NDArray[np.uint64]:
@@ -60,15 +65,66 @@ class HeldOutScores:
         return scores
 
 
+def count_copies(digests: NDArray[np.uint64]) -> NDArray[np.intp]:
+    """Count for each row how often it is there."""
+    _, inverse, counts = np.unique(digests, return_inverse=True, return_counts=True)
+    return counts[inverse]
+
+
+def copies_together(digests: NDArray[np.uint64]) -> NDArray[np.intp]:
+    """Give each row the number of the first of its copies."""
+    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
+    return first[inverse]
+
+
 def cross_fitted_scores(
-    X: NDArray[Any], score: Callable[[NDArray[Any], NDArray[Any]], NDArray[Any]]
+    groups: NDArray[Any],
+    score: Callable[[NDArray[np.intp], NDArray[np.intp]], NDArray[np.float64]],
 ) -> NDArray[np.float64]:
-    """Score each row by what ``score(train, test)`` learnt without the row's fold."""
-    scores = np.empty(len(X))
-    folds = KFold(min(10, len(X)), shuffle=True, random_state=0)
-    for train, test in folds.split(X):
-        scores[test] = score(X[train], X[test])
+    """Score each row by what ``score(train, test)`` learnt without the row's fold.
+
+    There are ten folds at most; rows of one group are in one of them.
+    """
+    n_groups = len(np.unique(groups))
+    if n_groups < 2:
+        raise ValueError(
+            "All training samples are copies of one sample, or of one group, and "
+            "cannot be scored by the others. Pass samples of at least two groups."
+        )
+    scores = np.empty(len(groups))
+    folds = GroupKFold(min(10, n_groups), shuffle=True, random_state=0)
+    for train, test in folds.split(groups, groups=groups):
+        scores[test] = score(train, test)
     return scores
+
+
+def warn_of_copies(X: NDArray[Any], digests: NDArray[np.uint64]) -> None:
+    """Warn if many rows are copies of others, or nearly so.
+
+    A row has near copies if the distances to its nearest neighbours leap at some
+    point: to the next one it is ten times as far.
+    """
+    copied = count_copies(digests) > 1
+    _, first = np.unique(digests, return_index=True)
+    near = np.zeros(0, dtype=bool)
+    if len(first) > 20:  # the neighbours of fewer leap by chance
+        rows = centred(X[first], *center_and_scale(X[first]))
+        inspected = np.arange(0, len(rows), max(1, len(rows) // N_INSPECTED))
+        _, squared = nearest(rows[inspected], rows, 10, itself=inspected)
+        near = (squared[:, 1:] > LEAP**2 * squared[:, :-1]).any(axis=1)
+        near |= copied[first[inspected]]
+    share = max(copied.mean(), near.mean() if len(near) else 0.0)
+    if share > MAX_COPIED:
+        warnings.warn(
+            f"About {100 * share:.0f} % of the training samples have exact or near "
+            "copies among the others. Exact copies are left out together when the "
+            "threshold is set. If samples are related (frames of one video, pictures "
+            "of one part, augmented versions), more new samples will be flagged than "
+            "`contamination` says: pass groups= to fit, which tells what belongs "
+            "together.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def to_metric(X: NDArray[Any], metric: str) -> NDArray[Any]:
@@ -81,7 +137,7 @@ def to_metric(X: NDArray[Any], metric: str) -> NDArray[Any]:
 
 def from_squared(squared: NDArray[np.float64], metric: str) -> NDArray[np.float64]:
     """Turn squared Euclidean distances of `to_metric` rows into the metric's."""
-    if metric == "euclidean":
+    if metric in ("euclidean", "mahalanobis"):
         return np.sqrt(squared)
     # ||u - v||^2 = 2 (1 - cos(u, v)) for rows of unit length
     return squared / 2 if metric == "cosine" else squared
@@ -90,22 +146,46 @@ def from_squared(squared: NDArray[np.float64], metric: str) -> NDArray[np.float6
 class Scorer(AnomalyDetector):
     """Base of the density scorers on vectors.
 
-    A subclass defines ``_fit(X)``, which returns the leave-one-out scores of the
-    training rows, and ``_score(X)``.
+    A subclass defines ``_learn(X, digests)``, ``_score(X)`` and, where it has them
+    in closed form, ``_leave_one_out(X, digests)``.
     """
 
-    def _fit(self, X: NDArray[Any]) -> NDArray[np.float64]:
+    def _learn(self, X: NDArray[Any], digests: NDArray[np.uint64]) -> None:
         raise NotImplementedError
 
     def _score(self, X: NDArray[Any]) -> NDArray[np.float64]:
         raise NotImplementedError
 
+    def _leave_one_out(
+        self, X: NDArray[Any], digests: NDArray[np.uint64]
+    ) -> NDArray[np.float64]:
+        """Score training rows, each by what is learnt without it and its copies."""
+        return self._leave_groups_out(X, digests, copies_together(digests))
+
+    def _leave_groups_out(
+        self, X: NDArray[Any], digests: NDArray[np.uint64], groups: NDArray[Any]
+    ) -> NDArray[np.float64]:
+        """Score training rows, each by what is learnt without its group's fold."""
+
+        def score(
+            train: NDArray[np.intp], test: NDArray[np.intp]
+        ) -> NDArray[np.float64]:
+            part = clone(self)
+            part._learn(X[train], digests[train])
+            return part._score(X[test])
+
+        return cross_fitted_scores(groups, score)
+
     def _min_samples(self) -> int:
         return 2  # one row to learn from when the other is left out
 
-    def _training_rows(self, X: Any, y: ArrayLike | None, reset: bool) -> NDArray[Any]:
+    def _training_rows(
+        self, X: Any, y: ArrayLike | None, groups: ArrayLike | None, reset: bool
+    ) -> tuple[NDArray[Any], NDArray[Any] | None]:
         X = validate_data(self, X, dtype=FLOATS, reset=reset)
-        X = X[known_normal(y, len(X))]
+        groups = check_groups(groups, len(X))
+        normal = known_normal(y, len(X))
+        X = X[normal]
         minimum = self._min_samples() if reset else 1
         if len(X) < minimum:
             raise ValueError(
@@ -113,11 +193,16 @@ class Scorer(AnomalyDetector):
                 f"of {minimum} is required by {self!r}: each training "
                 "sample is also scored by the others."
             )
-        return X
+        return X, None if groups is None else groups[normal]
 
     @keep_state_on_error
     @_fit_context(prefer_skip_nested_validation=False)
-    def fit(self, X: ArrayLike, y: ArrayLike | None = None) -> Any:
+    def fit(
+        self,
+        X: ArrayLike,
+        y: ArrayLike | None = None,
+        groups: ArrayLike | None = None,
+    ) -> Any:
         """Learn the density of normal samples.
 
         Parameters
@@ -126,6 +211,11 @@ class Scorer(AnomalyDetector):
             Training samples.
         y : array-like of shape (n_samples,), default=None
             +1 for normal samples, -1 for known anomalies, which are left out.
+        groups : array-like of shape (n_samples,), default=None
+            What each sample belongs to, such as a part or a video: the threshold is
+            set by scores for which the sample's whole group is left out, in at most
+            ten folds. None: samples are unrelated, but exact copies, which are left
+            out together.
 
         Returns
         -------
@@ -136,10 +226,22 @@ class Scorer(AnomalyDetector):
         ------
         ValueError
             If X is not a finite numeric matrix, or holds too few normal samples.
+
+        Warns
+        -----
+        UserWarning
+            If there are too few samples for `contamination`, or, without `groups`, if
+            more than a fifth of them are copies of others or nearly so.
         """
-        X = self._training_rows(X, y, reset=True)
-        held_out = self._fit(X)
-        self._set_threshold(row_digests(X), held_out)
+        X, groups = self._training_rows(X, y, groups, reset=True)
+        digests = row_digests(X)
+        self._learn(X, digests)
+        if groups is None:
+            warn_of_copies(X, digests)
+            held_out = self._leave_one_out(X, digests)
+        else:
+            held_out = self._leave_groups_out(X, digests, groups)
+        self._set_threshold(digests, held_out)
         return self
 
     def _set_threshold(

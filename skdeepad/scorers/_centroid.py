@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from sklearn.utils import gen_batches
 from sklearn.utils._param_validation import StrOptions
 
-from ._base import BLOCK, METRICS, Scorer, from_squared, to_metric
+from ._base import BLOCK, METRICS, Scorer, count_copies, from_squared, to_metric
 
 
 class CentroidScorer(Scorer):
@@ -68,11 +68,16 @@ class CentroidScorer(Scorer):
         self.metric = metric
         self.contamination = contamination
 
-    def _fit(self, X: NDArray[Any]) -> NDArray[np.float64]:
+    def _learn(self, X: NDArray[Any], digests: NDArray[np.uint64]) -> None:
         self.center_ = to_metric(X, self.metric).mean(axis=0, dtype=np.float64)
-        n = len(X)
-        # without x, the centre moves away from it: x - c' = n / (n - 1) (x - c)
-        squared = (n / (n - 1)) ** 2 * self._squared_distances(X)
+
+    def _leave_one_out(
+        self, X: NDArray[Any], digests: NDArray[np.uint64]
+    ) -> NDArray[np.float64]:
+        n, m = len(X), count_copies(digests)
+        # without m copies of x, the centre moves away: x - c' = n / (n - m) (x - c)
+        stretch = n / np.maximum(n - m, 1)  # if all are copies, x is the centre
+        squared = stretch**2 * self._squared_distances(X)
         return -from_squared(squared, self.metric)
 
     def _score(self, X: NDArray[Any]) -> NDArray[np.float64]:

@@ -7,12 +7,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import _fit_context
-from sklearn.model_selection import KFold
 from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.validation import _num_samples
 
 from ..base import keep_state_on_error, numeric_labels
-from ._base import Scorer, row_digests
+from ._base import (
+    Scorer,
+    copies_together,
+    cross_fitted_scores,
+    row_digests,
+    warn_of_copies,
+)
 from ._gaussian import GaussianScorer
 
 
@@ -104,7 +109,12 @@ class ClassGaussianScorer(Scorer):
 
     @keep_state_on_error
     @_fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X: ArrayLike, y: ArrayLike | None = None) -> ClassGaussianScorer:
+    def fit(
+        self,
+        X: ArrayLike,
+        y: ArrayLike | None = None,
+        groups: ArrayLike | None = None,
+    ) -> ClassGaussianScorer:
         """Learn the classes' means and the covariance they share.
 
         Parameters
@@ -114,6 +124,10 @@ class ClassGaussianScorer(Scorer):
         y : array-like of int, shape (n_samples,), default=None
             Classes of normal samples, 0 at least, and -1 for known anomalies, which
             are left out. None, or numbers that are no classes: one class.
+        groups : array-like of shape (n_samples,), default=None
+            What each sample belongs to, such as a part or a video: the threshold is
+            set by scores for which the sample's whole group is left out. None:
+            samples are unrelated, but exact copies, which are left out together.
 
         Returns
         -------
@@ -127,19 +141,26 @@ class ClassGaussianScorer(Scorer):
         """
         labels = class_numbers(y, _num_samples(X))
         anomalies_or_not = np.where(labels < 0, -1, 1)
-        normal = self._training_rows(X, anomalies_or_not, reset=True)
+        normal, groups = self._training_rows(X, anomalies_or_not, groups, reset=True)
         self.classes_, labels = np.unique(labels[labels >= 0], return_inverse=True)
-        self._learn(normal, labels)
-        held_out = np.empty(len(normal))
-        folds = KFold(min(10, len(normal)), shuffle=True, random_state=0)
-        for train, test in folds.split(normal):
+        digests = row_digests(normal)
+        if groups is None:
+            warn_of_copies(normal, digests)
+            groups = copies_together(digests)
+        self._learn_classes(normal, labels)
+
+        def score(
+            train: NDArray[np.intp], test: NDArray[np.intp]
+        ) -> NDArray[np.float64]:
             part = type(self)(relative=self.relative, covariance=self.covariance)
-            part._learn(normal[train], labels[train])
-            held_out[test] = part._score(normal[test])
-        self._set_threshold(row_digests(normal), held_out)
+            part._learn_classes(normal[train], labels[train])
+            return part._score(normal[test])
+
+        held_out = cross_fitted_scores(groups, score)
+        self._set_threshold(digests, held_out)
         return self
 
-    def _learn(self, X: NDArray[Any], labels: NDArray[np.intp]) -> None:
+    def _learn_classes(self, X: NDArray[Any], labels: NDArray[np.intp]) -> None:
         X = X.astype(np.float64)
         known = np.unique(labels)  # a fold may miss one
         self.means_ = np.array([X[labels == k].mean(axis=0) for k in known])
@@ -149,8 +170,10 @@ class ClassGaussianScorer(Scorer):
 
     def _gaussian(self, X: NDArray[Any], otherwise: NDArray[Any]) -> GaussianScorer:
         """Fit a Gaussian; to all samples where each is a class of its own."""
+        rows = X if np.ptp(X, axis=0).any() else otherwise
         gaussian = GaussianScorer(self.covariance)
-        return gaussian.fit(X if np.ptp(X, axis=0).any() else otherwise)
+        gaussian._learn(rows, row_digests(rows))
+        return gaussian
 
     def _score(self, X: NDArray[Any]) -> NDArray[np.float64]:
         X = X.astype(np.float64)

@@ -24,12 +24,12 @@ from ._base import (
     BLOCK,
     FLOATS,
     Scorer,
-    cross_fitted_scores,
+    count_copies,
     row_digests,
 )
 
-# GaussianNB's guard against constant features, in units of the largest variance
-VARIANCE_FLOOR = 1e-9
+VARIANCE_FLOOR = 1e-9  # GaussianNB's, of the largest variance, for constant features
+CONSTANT = 1e-10  # a standard deviation, relative to the mean: less is rounding
 SAMPLE_SIZE = 1024  # rows of a stream that are kept to set the threshold by
 
 
@@ -145,16 +145,34 @@ class RowSample:
     def __init__(self, X: NDArray[Any]) -> None:
         self.rows = X[:0]
         self.digests = np.empty(0, dtype=np.uint64)
+        self.copies = np.empty(0, dtype=np.intp)  # how often each row has come
 
-    def update(self, X: NDArray[Any], digests: NDArray[np.uint64]) -> RowSample:
-        """Let rows into the sample."""
-        digests, first = np.unique(
-            np.concatenate([self.digests, digests]), return_index=True
+    def update(
+        self,
+        X: NDArray[Any],
+        digests: NDArray[np.uint64],
+        copies: NDArray[np.intp] | None = None,
+    ) -> RowSample:
+        """Let rows into the sample, each for as many copies (None: one)."""
+        if copies is None:
+            copies = np.ones(len(X), dtype=np.intp)
+        before = getattr(self, "copies", np.ones_like(self.digests))  # as in 0.1.0
+        digests, first, inverse = np.unique(
+            np.concatenate([self.digests, digests]),
+            return_index=True,
+            return_inverse=True,
         )
+        counts = np.bincount(inverse, np.concatenate([before, copies]))
         first = first[:SAMPLE_SIZE]
         self.digests = digests[:SAMPLE_SIZE]
+        self.copies = counts[:SAMPLE_SIZE].astype(np.intp)
         self.rows = np.concatenate([self.rows, X])[first]
         return self
+
+
+def remaining(loss: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Give what a loss leaves of 1; the guard is against rounding."""
+    return np.maximum(1 - loss, np.finfo(np.float64).eps)
 
 
 def can_update(scorer: Any) -> bool:
@@ -208,11 +226,21 @@ estimator, default="ledoit_wolf"
     Notes
     -----
     Leave-one-out scores are exact for the mean and the sample covariance
-    (a rank-one downdate); the shrinkage and its scale are held fixed. For a
-    covariance object they come from ten-fold cross-fitting instead.
+    (a rank-one downdate, for all copies of a sample together); the shrinkage and its
+    scale are held fixed. For a covariance object, and with `groups`, they come from
+    ten-fold cross-fitting instead.
+
+    Three samples are needed at least, so that two are left that vary. With so few,
+    thresholds are far off, as one of two deviations is the whole variance.
+
+    "empirical" and "diagonal" do not depend on the features' scales. The shrunk
+    covariances do, by definition: all features get the same share of their mean
+    variance, in which those of small scale may drown. Scale features that are in
+    different units first.
 
     Constant features get a variance of 1e-9 of the largest (as in scikit-learn's
-    ``GaussianNB``): a sample that moves in them is far from normal.
+    ``GaussianNB``): a sample that moves in them is far from normal. So do directions
+    in which features of unit variance do not vary.
 
     References
     ----------
@@ -253,13 +281,14 @@ estimator, default="ledoit_wolf"
     def _n_features_out(self) -> int:
         return len(self.location_)
 
-    def _fit(
-        self, X: NDArray[Any], digests: NDArray[np.uint64] | None = None
-    ) -> NDArray[np.float64]:
+    def _min_samples(self) -> int:
+        return 3  # two that vary, when the other is left out
+
+    def _learn(self, X: NDArray[Any], digests: NDArray[np.uint64]) -> None:
         self.__dict__.pop("_stream", None)
         if isinstance(self.covariance, str):
-            self._absorb(X, row_digests(X) if digests is None else digests)
-            return self._leave_one_out(X)
+            self._absorb(X, digests)
+            return
         X = X.astype(np.float64)
         fitted = clone(self.covariance).fit(X)
         self.n_samples_seen_ = len(X)
@@ -267,12 +296,6 @@ estimator, default="ledoit_wolf"
         variances, axes = np.linalg.eigh(fitted.covariance_)
         floor = VARIANCE_FLOOR * variances.max()
         self._set_whitening(fitted.location_, np.maximum(variances, floor), axes)
-        return cross_fitted_scores(
-            X,
-            lambda train, test: (
-                -np.sqrt(clone(self.covariance).fit(train).mahalanobis(test))
-            ),
-        )
 
     @available_if(can_update)
     @keep_state_on_error
@@ -303,7 +326,8 @@ estimator, default="ledoit_wolf"
         ValueError
             If X is not a finite numeric matrix with the features seen before.
         """
-        X = self._training_rows(X, y, reset=not hasattr(self, "_stream"))
+        reset = not hasattr(self, "_stream")
+        X, _ = self._training_rows(X, y, None, reset=reset)
         self._absorb(X, row_digests(X))
         return self._finish_parts()
 
@@ -377,19 +401,20 @@ estimator, default="ledoit_wolf"
         moments, sample = copy.deepcopy(self._stream)
         for theirs, kept in (other._stream for other in others):
             moments.merge(theirs)
-            sample.update(kept.rows, kept.digests)
+            sample.update(kept.rows, kept.digests, getattr(kept, "copies", None))
         self._stream = moments, sample
         self._set_gaussian(moments)
 
     def _sample_scores(self) -> NDArray[np.float64]:
         """Leave-one-out scores of the rows that were kept."""
-        return self._leave_one_out(self._stream[1].rows)
+        sample = self._stream[1]
+        return self._scores_without(sample.rows, sample.copies)
 
     def _set_gaussian(self, moments: Moments) -> None:
         """Estimate the covariance from the moments, and its inverse root."""
-        covariance = moments.covariance
+        covariance, mean = moments.covariance, moments.mean
         n, d = moments.n, len(covariance)
-        variances, axes = np.diag(covariance).copy(), None
+        variances = np.diag(covariance).copy()
         if variances.max() <= 0:
             raise ValueError(
                 "All training samples are the same: their covariance is zero. "
@@ -408,29 +433,45 @@ estimator, default="ledoit_wolf"
             shrinkage = oas_shrinkage(moments, covariance)
         self.n_samples_seen_ = n
         self.shrinkage_ = shrinkage
-        self._ridge = max(
-            shrinkage * variances.mean(), VARIANCE_FLOOR * variances.max()
-        )
-        if self.covariance != "diagonal":
+        self._ridge = shrinkage * variances.mean()
+        if shrinkage:
             variances, axes = np.linalg.eigh(covariance)
-        shrunk = (1 - shrinkage) * np.maximum(variances, 0) + self._ridge
-        self._set_whitening(moments.mean, shrunk, axes)
+            shrunk = (1 - shrinkage) * np.maximum(variances, 0) + self._ridge
+            self._set_whitening(mean, shrunk, axes)
+            return
+        # on each feature's own scale
+        constant = variances <= (CONSTANT * mean) ** 2
+        variances[constant] = VARIANCE_FLOOR * variances.max()
+        if self.covariance == "diagonal":
+            self._set_whitening(mean, variances, None)
+            return
+        scale = np.sqrt(variances)
+        correlation = covariance / np.outer(scale, scale)
+        np.fill_diagonal(correlation, 1)
+        variances, axes = np.linalg.eigh(correlation)
+        floor = VARIANCE_FLOOR * variances.max()
+        self._set_whitening(mean, np.maximum(variances, floor), axes, scale)
 
     def _set_whitening(
         self,
         location: NDArray[np.float64],
         variances: NDArray[np.float64],
         axes: NDArray[np.float64] | None,
+        scale: NDArray[np.float64] | float = 1.0,
     ) -> None:
         """Keep the mean and an inverse root of the covariance.
 
-        `variances` are those along the principal axes, from the smallest, or along
-        the features themselves where `axes` is None: the covariance is diagonal.
+        `variances` are those along the principal axes, from the smallest, of features
+        divided by their `scale`; or those of the features themselves where `axes` is
+        None: the covariance is diagonal.
         """
         self.location_ = location
-        self._variances = variances if axes is None else variances[::-1]
-        scale = 1 / np.sqrt(self._variances)
-        self._whitening = scale if axes is None else axes[:, ::-1] * scale
+        if axes is None:
+            self._variances, self._whitening = variances, 1 / np.sqrt(variances)
+            return
+        self._variances = variances[::-1]
+        whitening = axes[:, ::-1] / np.sqrt(self._variances)
+        self._whitening = whitening / np.reshape(scale, (-1, 1))
 
     def _whiten(self, X: NDArray[Any]) -> NDArray[np.float64]:
         centred = X - self.location_
@@ -444,28 +485,61 @@ estimator, default="ledoit_wolf"
             squared[block] = np.sum(self._whiten(X[block]) ** 2, axis=1)
         return -np.sqrt(squared)
 
-    def _leave_one_out(self, X: NDArray[Any]) -> NDArray[np.float64]:
-        """Scores of training rows, each under the Gaussian of the others.
+    def _leave_one_out(
+        self, X: NDArray[Any], digests: NDArray[np.uint64]
+    ) -> NDArray[np.float64]:
+        if not isinstance(self.covariance, str):
+            return super()._leave_one_out(X, digests)
+        return self._scores_without(X, count_copies(digests))
 
-        Without x, the scatter about the mean loses n / (n - 1) r r' for r = x - mu,
-        and x lies n / (n - 1) r from the new mean.
+    def _scores_without(
+        self, X: NDArray[Any], copies: NDArray[np.intp]
+    ) -> NDArray[np.float64]:
+        """Scores of training rows, each under the Gaussian without its copies."""
+        scores = np.empty(len(X))
+        for m in np.unique(copies):
+            out = np.flatnonzero(copies == m)
+            for block in gen_batches(len(out), BLOCK):
+                rows = out[block]
+                scores[rows] = self._scores_without_copies(X[rows], m)
+        return scores
+
+    def _scores_without_copies(self, X: NDArray[Any], m: int) -> NDArray[np.float64]:
+        stretch, loss, rescaled = self._without(m)
+        r2 = self._whiten(X) ** 2 * self._variances  # squares of r along the axes
+        if self._whitening.ndim == 1:
+            without = np.maximum(rescaled - loss * r2, VARIANCE_FLOOR * rescaled)
+            return -stretch * np.sqrt((r2 / without).sum(axis=1))
+        q = (r2 / rescaled).sum(axis=1)
+        return -stretch * np.sqrt(q / remaining(loss * q))
+
+    def _without(self, m: int) -> tuple[float, float, NDArray[np.float64]]:
+        """Tell what leaving m copies of a row x out changes.
+
+        The scatter about the mean loses m n / (n - m) r r' for r = x - mu, and x lies
+        n / (n - m) r from the new mean. Given are n / (n - m); what the covariance
+        loses of r r'; and its variances with n - m in the place of n, x not yet taken
+        out.
         """
         n = self.n_samples_seen_
-        stretch = n / (n - 1)
-        loss = (1 - self.shrinkage_) * stretch / (n - 1)
-        # the variances with n - 1 in the place of n, x not yet taken out
-        rescaled = stretch * (self._variances - self._ridge) + self._ridge
-        squared = np.empty(len(X))
-        for block in gen_batches(len(X), BLOCK):
-            # squares of r along the axes
-            r2 = self._whiten(X[block]) ** 2 * self._variances
-            if self._whitening.ndim == 1:
-                without = np.maximum(rescaled - loss * r2, self._ridge)
-                squared[block] = (r2 / without).sum(axis=1)
-            else:  # Sherman and Morrison; the guard is against rounding
-                q = (r2 / rescaled).sum(axis=1)
-                squared[block] = q / np.maximum(1 - loss * q, np.finfo(float).eps)
-        return -stretch * np.sqrt(squared)
+        others = max(n - m, 1)
+        stretch = n / others
+        loss = (1 - self.shrinkage_) * stretch * m / others
+        return stretch, loss, stretch * (self._variances - self._ridge) + self._ridge
+
+    def _whiten_without(
+        self, X: NDArray[Any], m: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Whiten training rows, for distances from one of which m copies are left out.
+
+        The squared distance of x from another row v away is then
+        ``|w|^2 + leverage (u'w)^2``, with u and w the whitened x and v: Sherman and
+        Morrison.
+        """
+        _, loss, rescaled = self._without(m)
+        rows = self._whiten(X) * np.sqrt(self._variances / rescaled)
+        q = np.sum(rows**2, axis=1)
+        return rows, loss / remaining(loss * q)
 
     def transform(self, X: ArrayLike) -> NDArray[np.float64]:
         """Whiten samples: zero mean and unit covariance on the normal ones.
@@ -480,8 +554,9 @@ estimator, default="ledoit_wolf"
         Returns
         -------
         ndarray of float64, shape (n_samples, n_features)
-            Whitened samples, along the principal axes, widest first
-            (along the features themselves for a diagonal covariance).
+            Whitened samples, along the principal axes, widest first (of features of
+            unit variance for "empirical"; along the features themselves for
+            "diagonal").
         """
         check_is_fitted(self)
         return self._whiten(validate_data(self, X, dtype=FLOATS, reset=False))

@@ -13,7 +13,7 @@ from sklearn.utils import check_random_state, gen_batches
 from sklearn.utils._param_validation import Interval, StrOptions
 
 from ..base import draw_seed
-from ._base import BLOCK, METRICS, Scorer, cross_fitted_scores, from_squared, to_metric
+from ._base import BLOCK, METRICS, Scorer, from_squared, to_metric
 
 
 class KMeansScorer(Scorer):
@@ -93,26 +93,14 @@ class KMeansScorer(Scorer):
     def _min_samples(self) -> int:
         return max(2, self.n_clusters)
 
-    def _fit(self, X: NDArray[Any]) -> NDArray[np.float64]:
+    def _learn(self, X: NDArray[Any], digests: NDArray[np.uint64]) -> None:
         seed = draw_seed(check_random_state(self.random_state))
-
-        def fit_means(X: NDArray[Any]) -> NDArray[Any]:
-            k = min(self.n_clusters, len(X))  # a fold may hold fewer samples
-            means = KMeans(k, n_init="auto", random_state=seed).fit(X)
-            return means.cluster_centers_
-
-        X = to_metric(X, self.metric)
-        self.cluster_centers_ = fit_means(X)
-        return cross_fitted_scores(
-            X, lambda train, test: self._distance_scores(fit_means(train), test)
-        )
+        k = min(self.n_clusters, len(X))  # a fold may hold fewer samples
+        means = KMeans(k, n_init="auto", random_state=seed)
+        self.cluster_centers_ = means.fit(to_metric(X, self.metric)).cluster_centers_
 
     def _score(self, X: NDArray[Any]) -> NDArray[np.float64]:
-        return self._distance_scores(self.cluster_centers_, to_metric(X, self.metric))
-
-    def _distance_scores(
-        self, means: NDArray[Any], X: NDArray[Any]
-    ) -> NDArray[np.float64]:
+        X, means = to_metric(X, self.metric), self.cluster_centers_
         squared = np.empty(len(X))
         for block in gen_batches(len(X), BLOCK):
             distances = cdist(X[block], means, "sqeuclidean")

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.neighbors import NearestNeighbors
 from sklearn.utils._param_validation import Interval, StrOptions
 
 from ._base import METRICS, Scorer, from_squared, to_metric
+from ._gaussian import GaussianScorer
+from ._neighbors import center_and_scale, centred, nearest
 
 
 class KNNScorer(Scorer):
@@ -23,8 +24,11 @@ class KNNScorer(Scorer):
     ----------
     n_neighbors : int, default=2
         How many neighbours count; k = 2 in the paper.
-    metric : {"sqeuclidean", "euclidean", "cosine"}, default="sqeuclidean"
+    metric : {"sqeuclidean", "euclidean", "cosine", "mahalanobis"}, \
+default="sqeuclidean"
         The distance. "sqeuclidean" is what the paper's official code ranks by.
+        "mahalanobis" is the Euclidean distance of whitened samples, by the training
+        samples' Ledoit-Wolf covariance.
     aggregation : {"mean", "kth"}, default="mean"
         Whether the score is the mean of the k distances (the paper ranks by their
         sum) or the k-th alone.
@@ -35,7 +39,8 @@ class KNNScorer(Scorer):
     ----------
     offset_ : float
         The threshold on ``score_samples``: the `contamination` quantile of the
-        training samples' scores, each left out of its own neighbours.
+        training samples' scores, each left out of its own neighbours, and of the
+        covariance.
     n_features_in_ : int
         Number of features seen in `fit`.
     feature_names_in_ : ndarray of str
@@ -48,7 +53,14 @@ class KNNScorer(Scorer):
     Notes
     -----
     Neighbours are searched exhaustively, in blocks: memory does not grow with the
-    product of training and test samples.
+    product of training and test samples. Candidates are found by products of matrices
+    in float32; the distances of the nearest are computed in float64.
+
+    Whitening before this scorer, as in ``make_pipeline(GaussianScorer(),
+    KNNScorer())``, learns from the very samples that are left out of their neighbours,
+    and far more new samples fall below the threshold than `contamination` says.
+    ``metric="mahalanobis"`` leaves them out of both (of the covariance by a rank-one
+    downdate; its shrinkage is held fixed).
 
     References
     ----------
@@ -66,7 +78,7 @@ class KNNScorer(Scorer):
     _parameter_constraints = {  # noqa: RUF012
         **Scorer._parameter_constraints,
         "n_neighbors": [Interval(Integral, 1, None, closed="left")],
-        "metric": [StrOptions(set(METRICS))],
+        "metric": [StrOptions({*METRICS, "mahalanobis"})],
         "aggregation": [StrOptions({"mean", "kth"})],
     }
 
@@ -86,22 +98,65 @@ class KNNScorer(Scorer):
     def _min_samples(self) -> int:
         return self.n_neighbors + 1
 
-    def _fit(self, X: NDArray[Any]) -> NDArray[np.float64]:
-        self._origin = X.mean(axis=0, dtype=np.float64).astype(X.dtype)
-        self._neighbors = NearestNeighbors(
-            n_neighbors=self.n_neighbors, algorithm="brute", metric="sqeuclidean"
-        ).fit(self._map(X))
-        return self._distances_to_scores(self._neighbors.kneighbors()[0])
+    def _learn(self, X: NDArray[Any], digests: NDArray[np.uint64]) -> None:
+        self._gaussian = None
+        if self.metric == "mahalanobis":
+            self._gaussian = GaussianScorer()
+            self._gaussian._learn(X, digests)
+        _, first, self._copies = np.unique(
+            digests, return_index=True, return_counts=True
+        )
+        rows = self._to_space(X[first]).astype(X.dtype, copy=False)
+        self._origin, self._scale = center_and_scale(rows)
+        self._rows = centred(rows, self._origin, self._scale)
+
+    def _to_space(self, X: NDArray[Any]) -> NDArray[Any]:
+        """Map samples to where Euclidean distances give the metric."""
+        if self._gaussian is not None:
+            return self._gaussian._whiten(X)
+        return to_metric(X, self.metric)
 
     def _score(self, X: NDArray[Any]) -> NDArray[np.float64]:
-        return self._distances_to_scores(self._neighbors.kneighbors(self._map(X))[0])
+        queries = centred(self._to_space(X), self._origin, self._scale)
+        index, squared = nearest(queries, self._rows, self.n_neighbors)
+        return self._to_scores(self._copies[index], squared * self._scale**2)
 
-    def _map(self, X: NDArray[Any]) -> NDArray[Any]:
-        # scikit-learn's |x|^2 - 2 x'y + |y|^2 cancels far from the origin
-        return to_metric(X, "cosine") if self.metric == "cosine" else X - self._origin
+    def _leave_one_out(
+        self, X: NDArray[Any], digests: NDArray[np.uint64]
+    ) -> NDArray[np.float64]:
+        known, first, at = np.unique(digests, return_index=True, return_inverse=True)
+        if len(known) == 1:
+            return np.zeros(len(X))
+        if self._gaussian is None:
+            itself = np.arange(len(known))
+            index, squared = nearest(
+                self._rows, self._rows, self.n_neighbors, itself=itself
+            )
+            squared *= self._scale**2
+            return self._to_scores(self._copies[index], squared)[at]
+        scores = np.empty(len(known))
+        for m in np.unique(self._copies):
+            # all samples, whitened by the covariance without m copies of one of them
+            out = np.flatnonzero(self._copies == m)
+            rows, leverage = self._gaussian._whiten_without(X[first], m)
+            rows = rows.astype(X.dtype, copy=False)
+            index, squared = nearest(
+                rows[out],
+                rows,
+                self.n_neighbors,
+                itself=out,
+                leverage=leverage[out],
+            )
+            scores[out] = self._to_scores(self._copies[index], squared)
+        return scores[at]
 
-    def _distances_to_scores(self, squared: NDArray[Any]) -> NDArray[np.float64]:
-        distances = from_squared(squared.astype(np.float64), self.metric)
+    def _to_scores(
+        self, copies: NDArray[np.intp], squared: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Score samples by the distances of neighbours, each there so many times."""
+        distances = from_squared(squared, self.metric)
+        before = np.cumsum(copies, axis=1) - copies
+        weights = np.clip(self.n_neighbors - before, 0, copies)
         if self.aggregation == "kth":
-            return -distances[:, -1]
-        return -distances.mean(axis=1)
+            return -np.max(distances, axis=1, where=weights > 0, initial=0)
+        return -np.sum(weights * distances, axis=1) / weights.sum(axis=1)
