@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .detectors import (
+        CrossFittedDetector,
         DeepSAD,
         DeepSVDD,
         DetectorEnsemble,
@@ -37,6 +38,7 @@ _HOMES = {
     "BackboneFeatures": "features",
     "CentroidScorer": "scorers",
     "ClassGaussianScorer": "scorers",
+    "CrossFittedDetector": "detectors",
     "DeepSAD": "detectors",
     "DeepSVDD": "detectors",
     "DetectorEnsemble": "detectors",
@@ -72,6 +74,7 @@ __all__ = [
     "BackboneFeatures",
     "CentroidScorer",
     "ClassGaussianScorer",
+    "CrossFittedDetector",
     "DeepSAD",
     "DeepSVDD",
     "DetectorEnsemble",

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.base import BaseEstimator, OutlierMixin
+from sklearn.base import BaseEstimator, OutlierMixin, clone
 from sklearn.utils import check_consistent_length, column_or_1d
 from sklearn.utils._param_validation import Interval
 
@@ -26,6 +26,8 @@ __all__ = [
     "keep_state_on_error",
     "known_normal",
     "numeric_labels",
+    "seeded_clone",
+    "threshold_below",
 ]
 
 
@@ -35,6 +37,17 @@ ROUNDING = 1e-9  # of scores, relative to their size: nearer ones count as tied
 def draw_seed(rng: np.random.RandomState) -> int:
     """Draw a seed for another generator."""
     return int(rng.randint(np.iinfo(np.int32).max))
+
+
+def seeded_clone(estimator: Any, rng: np.random.RandomState) -> Any:
+    """Clone an estimator, and seed what in it has a `random_state` that is None."""
+    estimator = clone(estimator)
+    unseeded = [
+        name
+        for name, value in estimator.get_params().items()
+        if f"__{name}".endswith("__random_state") and value is None
+    ]
+    return estimator.set_params(**{name: draw_seed(rng) for name in unseeded})
 
 
 def numeric_labels(y: ArrayLike, n_samples: int) -> NDArray[np.float64]:

@@ -20,4 +20,7 @@ def takes(public, name):
 
 def make(public, **options):
     """Make one, with those of the options that it has."""
+    if takes(public, "estimator"):
+        inner = make(skdeepad.MahalanobisFeatureScorer, **options)
+        options = {**options, "estimator": inner}
     return public(**{name: v for name, v in options.items() if takes(public, name)})

@@ -14,6 +14,7 @@ from estimators import PUBLIC, make
 from sklearn.base import clone
 from sklearn.covariance import MinCovDet
 from sklearn.ensemble import IsolationForest
+from sklearn.pipeline import make_pipeline
 from sklearn.utils import InputTags, get_tags
 from sklearn.utils.estimator_checks import (
     _get_check_estimator_ids,
@@ -34,6 +35,7 @@ from skdeepad import (
     BackboneFeatures,
     CentroidScorer,
     ClassGaussianScorer,
+    CrossFittedDetector,
     DeepSAD,
     DeepSVDD,
     DetectorEnsemble,
@@ -92,6 +94,9 @@ SETTINGS = [
     DeepSAD(balanced=False, max_steps=10, pretrain_steps=10),
     OpenSetClassifier(head="cosine", anomaly_score="h", max_steps=50),
     OpenSetClassifier(n_members=2, reconstruction_weight=0.1, max_steps=50),
+    KNNScorer(metric="mahalanobis"),
+    CrossFittedDetector(make_pipeline(GaussianScorer(), KNNScorer()), cv=5),
+    CrossFittedDetector(IsolationForest(n_estimators=5, random_state=0)),
     DetectorEnsemble(
         [
             ("knn", KNNScorer()),

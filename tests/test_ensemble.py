@@ -92,12 +92,16 @@ def test_one_member_is_itself_on_another_scale():
     np.testing.assert_array_equal(*orders)
 
 
-def test_repeated_samples_have_no_distance():
-    twice = np.repeat(X, 3, axis=0)
-    ensemble = DetectorEnsemble(MEMBERS).fit(twice)
-    scores = ensemble.score_samples(np.concatenate([twice, NEW]))
-    assert np.isfinite(scores).all()
-    assert scores[: len(twice)].min() > scores[len(twice) : -5].max()
+def test_repeated_samples_are_new_ones_to_each_other():
+    ensemble = DetectorEnsemble(MEMBERS).fit(np.repeat(X, 3, axis=0))
+    assert np.isfinite(ensemble.score_samples(np.concatenate([X, NEW]))).all()
+    flagged = ensemble.predict(np.random.default_rng(1).normal(size=(2000, 4))) == -1
+    assert flagged.mean() == pytest.approx(0.05, abs=0.04)
+
+
+def test_samples_that_are_all_the_same():
+    ensemble = DetectorEnsemble([("knn", KNNScorer())]).fit(np.ones((30, 4)))
+    assert ensemble.predict([[1, 1, 1, 1], [1, 2, 1, 1]]).tolist() == [1, -1]
 
 
 @pytest.mark.parametrize("scale", ["log", "rank"])

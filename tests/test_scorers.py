@@ -497,7 +497,7 @@ def test_ill_conditioned_rows():
 def test_ten_sigma_beside_a_feature_of_a_large_scale(name, large):
     rows = np.random.default_rng(0).normal(size=(500, 3)) * [1, large, 1]
     scorer = GaussianScorer(name).fit(rows)
-    away = rows.mean(axis=0) + [10, 0, 0]
+    away = rows.mean(axis=0) + np.array([10, 0, 0])
     assert -scorer.score_samples([away])[0] == pytest.approx(10, rel=0.1)
 
 

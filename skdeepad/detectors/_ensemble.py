@@ -9,17 +9,37 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import MetaEstimatorMixin, _fit_context, clone
 from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.utils import Bunch, _safe_indexing, gen_batches
+from sklearn.utils import (
+    Bunch,
+    _safe_indexing,
+    check_random_state,
+    gen_batches,
+    indexable,
+)
 from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.metaestimators import _BaseComposition
 from sklearn.utils.validation import _num_samples, check_is_fitted
 
-from ..base import AnomalyDetector, keep_state_on_error, known_normal
+from ..base import (
+    AnomalyDetector,
+    check_groups,
+    keep_state_on_error,
+    known_normal,
+    seeded_clone,
+)
 from ..features import BLOCK, BackboneEstimator, BackboneFeatures, SharedPasses
 from ..inputs import Vectors, check_inputs
-from ..scorers import GaussianScorer, KNNScorer
+from ..scorers import KNNScorer
+from ..scorers._base import HeldOutScores, copies_together
+from ._cross_fitted import (
+    fit_detector,
+    refitted_scores,
+    sample_digests,
+    scores_are_held_out,
+)
 
-LEAST = 1e-9  # of the median score: the logarithm of nothing
+MIN_RATIO = 1e-9  # of a score and the median: the logarithm of 0 is not finite
+N_FOLDS = 10  # for members that do not know their held-out scores
 
 
 class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
@@ -43,7 +63,8 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
         share of training samples that are less normal, for any scores; all beyond
         the training samples is alike.
     weights : array-like of shape (n_members,), default=None
-        What each member's scores count. None: all the same.
+        What each member's scores count. None: all the same, but that the default's
+        cosine distances, which are squares of lengths, count half.
     contamination : float, default=0.05
         Share of new normal samples that may fall below the threshold, in (0, 0.5].
 
@@ -52,8 +73,10 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
     estimators_ : list of estimator
         The fitted members, less those dropped.
     training_scores_ : ndarray of float64, shape (n_samples, n_members)
-        The members' scores of the normal training samples, sorted each by itself.
-        This package's are of samples left out of training.
+        The members' scores of the normal training samples, sorted each by itself,
+        of samples left out of training: this package's detectors know them; foreign
+        members, and pipelines with a step before the last that learns, are fitted
+        ten times more, each time without a tenth of the samples.
     offset_ : float
         The threshold on ``score_samples``: the `contamination` quantile of the
         training samples' scores.
@@ -141,7 +164,9 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
 
     @keep_state_on_error
     @_fit_context(prefer_skip_nested_validation=False)
-    def fit(self, X: Any, y: ArrayLike | None = None) -> DetectorEnsemble:
+    def fit(
+        self, X: Any, y: ArrayLike | None = None, groups: ArrayLike | None = None
+    ) -> DetectorEnsemble:
         """Fit all members, and learn the scales of their scores.
 
         Parameters
@@ -151,6 +176,11 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
         y : array-like of shape (n_samples,), default=None
             +1 for normal samples, -1 for known anomalies, which only members that
             learn from them see.
+        groups : array-like of shape (n_samples,), default=None
+            What each sample belongs to, such as a part or a video: the scales and the
+            threshold are set by scores for which the sample's whole group is left
+            out. None: samples are unrelated, but exact copies, which are left out
+            together.
 
         Returns
         -------
@@ -165,22 +195,37 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
         """
         self.__dict__.pop("n_features_in_", None)
         self.__dict__.pop("feature_names_in_", None)
+        (X,) = indexable(X)
         members = self._members(X)
         self._names = [name for name, _ in members]
         self._shares = self._check_weights(len(members))
-        normal = known_normal(y, _num_samples(X))
-        rows = X if normal.all() else _safe_indexing(X, np.flatnonzero(normal))
-        self.estimators_ = [clone(member) for _, member in members]
+        groups = check_groups(groups, _num_samples(X))
+        normal = np.flatnonzero(known_normal(y, _num_samples(X)))
+        rows = X if len(normal) == _num_samples(X) else _safe_indexing(X, normal)
+        rng = check_random_state(None)
+        # seeded, so that a member that is fitted again starts from the same network
+        self.estimators_ = [seeded_clone(member, rng) for _, member in members]
         fronts = [clone(front) for front in find_fronts(self.estimators_)]
         for front in fronts:
             front._fit_inputs(rows)
+        known = [self._knows_held_out(member, groups) for member in self.estimators_]
+        self._held_out: HeldOutScores | None = None
+        if not all(known):
+            digests = sample_digests(rows)
+            related = copies_together(digests) if groups is None else groups[normal]
+        columns = []
         with SharedPasses(fronts):
-            for member in self.estimators_:
-                if isinstance(last_step(member), AnomalyDetector):
-                    member.fit(X, y)
-                else:  # it would take anomalies for normal
-                    member.fit(rows)
-            scores = self._member_scores(rows)
+            for member, knows in zip(self.estimators_, known, strict=True):
+                if knows and groups is not None:
+                    member.fit(X, y, groups)
+                else:
+                    fit_detector(member, X, y, normal)
+                columns.append(
+                    member.score_samples(rows)
+                    if knows
+                    else refitted_scores(member, X, y, normal, related, N_FOLDS)
+                )
+        scores = np.column_stack(columns)
         scored = ~np.isnan(scores).any(axis=1)  # unreadable files are not
         self.training_scores_ = np.sort(scores[scored], axis=0)
         no_distances = (self.training_scores_ > 0).any(axis=0)
@@ -193,25 +238,33 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
         for name in ("n_features_in_", "feature_names_in_"):
             if hasattr(first, name):
                 setattr(self, name, getattr(first, name))
-        self._set_offset(self._combine(scores[scored]))
+        combined = self._combine(scores[scored])
+        self._set_offset(combined)
+        if not all(known):
+            self._held_out = HeldOutScores(digests[scored], combined)
         return self
+
+    @staticmethod
+    def _knows_held_out(member: Any, groups: NDArray[Any] | None) -> bool:
+        """Tell whether a member scores what it is fitted to as if it were new."""
+        # a pipeline hands no groups on
+        whole = groups is None or isinstance(member, AnomalyDetector)
+        return whole and scores_are_held_out(member)
 
     def _members(self, X: Any) -> list[tuple[str, Any]]:
         """Give the members, or those that stand for none."""
         if self.estimators is None:
-            whitened = GaussianScorer(), KNNScorer()
+            cosine, whitened = (
+                KNNScorer(metric="cosine"),
+                KNNScorer(metric="mahalanobis"),
+            )
             inputs = check_inputs(self, X, vectors=None, image_shape=None, reset=True)
-            if type(inputs) is Vectors:
-                return [
-                    ("cosine", KNNScorer(metric="cosine")),
-                    ("whitened", make_pipeline(*whitened)),
-                ]
-            late = BackboneFeatures(image_size=160)
-            early = BackboneFeatures(stages="stage5", image_size=64)
-            return [
-                ("cosine", make_pipeline(late, KNNScorer(metric="cosine"))),
-                ("whitened", make_pipeline(early, *whitened)),
-            ]
+            if type(inputs) is not Vectors:
+                late = BackboneFeatures(image_size=160)
+                early = BackboneFeatures(stages="stage5", image_size=64)
+                cosine = make_pipeline(late, cosine)
+                whitened = make_pipeline(early, whitened)
+            return [("cosine", cosine), ("whitened", whitened)]
         self._validate_names([name for name, _ in self.estimators])
         members = [(name, m) for name, m in self.estimators if m != "drop"]
         if not members:
@@ -227,6 +280,8 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
     def _check_weights(self, n: int) -> NDArray[np.float64]:
         """Give the share of each member."""
         weights = np.ones(n) if self.weights is None else np.asarray(self.weights)
+        if self.weights is None and self.estimators is None:
+            weights = np.array([1.0, 2.0])
         if weights.shape != (n,) or (weights < 0).any() or not weights.sum() > 0:
             raise ValueError(
                 f"weights={self.weights!r} are to be {n} numbers, one for each member, "
@@ -242,8 +297,10 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
         known = self.training_scores_
         if self.scale == "log":
             medians = -np.median(known, axis=0)
-            medians[medians == 0] = 1.0  # most training samples are there twice
-            return -np.log(np.maximum(-scores / medians, LEAST)) @ self._shares
+            medians[medians == 0] = 1.0  # most training samples are the same
+            logarithms = np.log(np.maximum(-scores / medians, MIN_RATIO))
+            # not a product of matrices, which rounds by how many rows there are
+            return -(logarithms * self._shares).sum(axis=1)
         below = [
             np.searchsorted(known[:, i], scores[:, i], side=side)
             for side in ("left", "right")
@@ -269,17 +326,16 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
         check_is_fitted(self)
         fronts = list(find_fronts(self.estimators_))
         if len(SharedPasses(fronts).widths) == len(fronts):  # nothing to share
-            return self._combine(self._member_scores(X))
-        scores = []
-        for block in gen_batches(_num_samples(X), BLOCK):  # memory stays bounded
-            with SharedPasses(fronts):
-                rows = _safe_indexing(X, np.arange(block.start, block.stop))
-                scores.append(self._combine(self._member_scores(rows)))
-        return np.concatenate(scores)
-
-
-def last_step(member: Any) -> Any:
-    return member.steps[-1][1] if isinstance(member, Pipeline) else member
+            scores = self._combine(self._member_scores(X))
+        else:
+            parts = []
+            for block in gen_batches(_num_samples(X), BLOCK):  # memory stays bounded
+                with SharedPasses(fronts):
+                    rows = _safe_indexing(X, np.arange(block.start, block.stop))
+                    parts.append(self._combine(self._member_scores(rows)))
+            scores = np.concatenate(parts)
+        held_out = getattr(self, "_held_out", None)  # files of 0.1.0 have none
+        return held_out.recall(sample_digests(X), scores) if held_out else scores
 
 
 def find_fronts(members: Sequence[Any]) -> Iterator[BackboneEstimator]:

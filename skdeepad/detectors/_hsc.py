@@ -26,6 +26,7 @@ from ..inference import PassOutputs
 from ..inputs import chunks
 from ..objectives import focal_loss, hypersphere_loss, radial_distance
 from ..scorers import GaussianScorer
+from ..scorers._base import row_digests
 from ..training import balanced_batches
 from ._trained import FineTunedDetector
 
@@ -542,9 +543,10 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
 
 def whitening(features: NDArray[np.float32]) -> nn.Linear:
     """Give the map after which these features have mean 0 and covariance 1."""
-    gaussian = GaussianScorer().fit(features)
-    origin = gaussian.transform(np.zeros((1, features.shape[1]), features.dtype))
-    axes = gaussian.transform(np.eye(features.shape[1], dtype=features.dtype)) - origin
+    gaussian = GaussianScorer()
+    gaussian._learn(features, row_digests(features))
+    origin = gaussian._whiten(np.zeros((1, features.shape[1])))
+    axes = gaussian._whiten(np.eye(features.shape[1])) - origin
     layer = skip_init(nn.Linear, *axes.shape)
     layer.weight.data = torch.from_numpy(axes.T.astype(np.float32))
     layer.bias.data = torch.from_numpy(origin[0].astype(np.float32))

@@ -29,7 +29,13 @@ from torch.nn import functional as F
 
 from ..backbones._backbone import Versions
 from ..backbones._pretrained import read_tensors
-from ..base import check_groups, draw_seed, keep_state_on_error, known_normal
+from ..base import (
+    check_groups,
+    draw_seed,
+    keep_state_on_error,
+    known_normal,
+    seeded_clone,
+)
 from ..fisher import check_classes, mean_squared_gradients, sampled_loss
 from ..inference import (
     FeaturePass,
@@ -791,13 +797,8 @@ None, default="ewc"
     ) -> None:
         """Fit a scorer to each checkpoint's features, and set the threshold."""
         scorer: Any = self.scorer
-        scorer = SCORERS[scorer]() if isinstance(scorer, str) else clone(scorer)
-        unseeded = [
-            name
-            for name, value in scorer.get_params().items()
-            if f"__{name}".endswith("__random_state") and value is None
-        ]
-        scorer.set_params(**{name: draw_seed(rng) for name in unseeded})
+        scorer = SCORERS[scorer]() if isinstance(scorer, str) else scorer
+        scorer = seeded_clone(scorer, rng)
         self.scorers_, self._typical, unseen = [], [], []
         for psi in self._by_version(features) if self._logit is None else ():
             if held_out.any():

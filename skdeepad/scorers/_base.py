@@ -51,18 +51,29 @@ class HeldOutScores:
         self.digests, first = np.unique(digests, return_index=True)
         self.scores = scores[first]
 
+    def known(
+        self, digests: NDArray[np.uint64]
+    ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+        """Tell which rows were trained on; give their scores, in those places."""
+        at = np.searchsorted(self.digests, digests)
+        at[at == len(self.digests)] = 0
+        return self.digests[at] == digests, self.scores[at]
+
     def score(
         self, X: NDArray[Any], score: Callable[[NDArray[Any]], NDArray[np.float64]]
     ) -> NDArray[np.float64]:
         """Score rows; those that were trained on get their held-out scores."""
-        digests = row_digests(X)
-        at = np.searchsorted(self.digests, digests)
-        at[at == len(self.digests)] = 0
-        scores = self.scores[at]
-        new = self.digests[at] != digests
-        if new.any():
-            scores[new] = score(X[new])
+        known, scores = self.known(row_digests(X))
+        if not known.all():
+            scores[~known] = score(X[~known])
         return scores
+
+    def recall(
+        self, digests: NDArray[np.uint64], scores: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Put held-out scores in the place of those of samples trained on."""
+        known, held_out = self.known(digests)
+        return np.where(known, held_out, scores)
 
 
 def count_copies(digests: NDArray[np.uint64]) -> NDArray[np.intp]:
@@ -80,10 +91,11 @@ def copies_together(digests: NDArray[np.uint64]) -> NDArray[np.intp]:
 def cross_fitted_scores(
     groups: NDArray[Any],
     score: Callable[[NDArray[np.intp], NDArray[np.intp]], NDArray[np.float64]],
+    n_folds: int = 10,
 ) -> NDArray[np.float64]:
     """Score each row by what ``score(train, test)`` learnt without the row's fold.
 
-    There are ten folds at most; rows of one group are in one of them.
+    Rows of one group are in one fold.
     """
     n_groups = len(np.unique(groups))
     if n_groups < 2:
@@ -92,7 +104,7 @@ def cross_fitted_scores(
             "cannot be scored by the others. Pass samples of at least two groups."
         )
     scores = np.empty(len(groups))
-    folds = GroupKFold(min(10, n_groups), shuffle=True, random_state=0)
+    folds = GroupKFold(min(n_folds, n_groups), shuffle=True, random_state=0)
     for train, test in folds.split(groups, groups=groups):
         scores[test] = score(train, test)
     return scores
