@@ -205,21 +205,26 @@ class AnomalyDetector(OutlierMixin, BaseEstimator):
     contamination: float
     offset_: float
 
-    def _set_offset(self, held_out_scores: NDArray[np.float64]) -> None:
+    def _set_offset(
+        self, held_out_scores: NDArray[np.float64], n_unseen: int | None = None
+    ) -> None:
         """Put the threshold where `contamination` of new normal rows fall below.
+
+        `n_unseen` of the scores (None: all) say how new ones are distributed.
 
         Warns
         -----
         UserWarning
             If there are too few scores for so small a share.
         """
-        n = len(held_out_scores)
+        n = len(held_out_scores) if n_unseen is None else n_unseen
         if self.contamination * (n + 1) < 1:
             needed = math.ceil(1 / self.contamination - 1)
             warnings.warn(
-                f"contamination={self.contamination} cannot be kept with {n} training "
-                f"samples: about {100 / (n + 1):.2g} % of new normal samples will be "
-                f"flagged. Train on at least {needed} samples, or raise contamination.",
+                f"contamination={self.contamination} cannot be kept with the held-out "
+                f"scores of {n} training samples: about {100 / (n + 1):.2g} % of new "
+                "normal samples will be flagged. Train on more samples, so that at "
+                f"least {needed} have held-out scores, or raise contamination.",
                 UserWarning,
                 stacklevel=3,
             )

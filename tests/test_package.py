@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from estimators import make
 
 import skdeepad
 
@@ -211,6 +212,6 @@ def test_docstring_of_methods(method):
 def test_attributes_are_documented(estimator):
     """What `fit` sets for all to see, and nothing else."""
     X = pd.DataFrame(np.random.default_rng(0).normal(size=(30, 3)), columns=list("abc"))
-    fitted = vars(estimator().fit(X, [1, -1] * 15))
+    fitted = vars(make(estimator).fit(X, [1, -1] * 15))
     public = {name for name in fitted if name.endswith("_") and name[0] != "_"}
     assert set(entries(sections(estimator)["Attributes"])) == public

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 from ..base import AnomalyDetector
 from ..features import BackboneEstimator
 from ..scorers._base import HeldOutScores, copies_together, warn_of_copies
 
 N_STAGES = 3  # of a pretrained network, by default
-MOST_SPREAD = 1e6  # rounding is not to be taken for scores
-MIN_HELD_OUT = 20  # samples, where a tenth would be fewer and there are 60
+MIN_HELD_OUT = 40  # samples, where a tenth would be fewer and there are 120
 
 
 class BackboneDetector(AnomalyDetector, BackboneEstimator):
@@ -38,10 +38,16 @@ class BackboneDetector(AnomalyDetector, BackboneEstimator):
         raise NotImplementedError
 
     def _set_threshold(
-        self, digests: NDArray[np.uint64], scores: NDArray[np.float64]
+        self,
+        digests: NDArray[np.uint64],
+        scores: NDArray[np.float64],
+        n_unseen: int | None = None,
     ) -> None:
-        """Set the threshold by scores of training images as if they were new."""
-        self._set_offset(scores)
+        """Set the threshold by scores of training images as if they were new.
+
+        `n_unseen` of them (None: all) say how scores of new ones are distributed.
+        """
+        self._set_offset(scores, n_unseen)
         self._held_out: HeldOutScores | None = HeldOutScores(digests, scores)
 
     def score_samples(self, X: Any) -> NDArray[np.float64]:
@@ -119,7 +125,7 @@ def hold_out(
         The same number for images that belong together: all of them are held out, or
         none.
     fraction : float
-        The share to hold out; at least 20 images, or a third of fewer than 60.
+        The share to hold out; at least 40 images, or a third of fewer than 120.
     rng : numpy.random.RandomState
         Chooses them.
 
@@ -137,18 +143,29 @@ def hold_out(
 
 
 def as_unseen(
-    trained: NDArray[np.float64], unseen: NDArray[np.float64], *, spread: bool = False
+    trained: NDArray[np.float64], unseen: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Bring scores of samples that were trained on to the level of unseen ones.
 
     Training draws its samples nearer than it draws new ones, which would put the
     threshold too near. Distances are stretched, other scores are shifted, until the
-    means agree; where training may have brought its samples to one score, as with
-    fewer samples than features, the `spread` is made to agree, too.
+    means agree.
     """
-    if spread:
-        ratio = unseen.std() / max(trained.std(), np.finfo(np.float64).tiny)
-        return (trained - trained.mean()) * min(ratio, MOST_SPREAD) + unseen.mean()
     if trained.max() <= 0 and unseen.max() <= 0 and trained.mean() < 0:
         return trained * (unseen.mean() / trained.mean())
     return trained + (unseen.mean() - trained.mean())
+
+
+def by_rank_as_unseen(
+    trained: NDArray[np.float64], unseen: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Give samples that were trained on the scores that unseen ones of their rank have.
+
+    Where training brings its samples to nearly one score, as with fewer samples than
+    features, no stretching gives them the spread of new ones. Only their order is kept.
+    """
+    known = np.sort(unseen)
+    below = 2 * known[0] - known[min(1, len(known) - 1)]
+    ranks = rankdata(trained) / (len(trained) + 1)
+    levels = np.arange(len(known) + 2) / (len(known) + 1)
+    return np.interp(ranks, levels, [below, *known, known[-1]])

@@ -233,7 +233,7 @@ class CrossFittedDetector(MetaEstimatorMixin, AnomalyDetector):
             self.__dict__.pop(name, None)
             if hasattr(self.estimator_, name):
                 setattr(self, name, getattr(self.estimator_, name))
-        scores = refitted_scores(self.estimator, X, y, normal, related[normal], self.cv)
+        scores = refitted_scores(detector, X, y, normal, related[normal], self.cv)
         scored = ~np.isnan(scores)  # unreadable files are not
         self._set_offset(scores[scored])
         self._held_out = HeldOutScores(digests[normal][scored], scores[scored])

@@ -66,8 +66,8 @@ class DeepSAD(SphereDetector):
         As in `HSCClassifier`.
     validation_fraction : float, default=0.1
         Share of the images that are not known anomalies that is not trained on, in
-        (0, 0.5): they set the threshold. At least 20 images, or a third of fewer
-        than 60.
+        (0, 0.5): they set the threshold. At least 40 images, or a third of fewer
+        than 120.
     contamination : float, default=0.05
         Share of new normal images that may fall below the threshold, in (0, 0.5].
     image_size : int or (int, int), default=None

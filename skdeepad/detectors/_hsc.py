@@ -102,7 +102,7 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
         little noise, colours by 1 %, mirrored, moved by up to an eighth).
     validation_fraction : float, default=0.1
         For `contamination`: share of the normal images that is not trained on, in (0,
-        0.5). At least 20 images, or a third of fewer than 60.
+        0.5). At least 40 images, or a third of fewer than 120.
     contamination : float or None, default=0.05
         Share of new normal images that may fall below the threshold, in (0, 0.5].
         None: no image is held out, and the threshold is where both classes are

@@ -182,7 +182,7 @@ default="max_logit"
         As in `HSCClassifier`.
     validation_fraction : float, default=0.1
         Share of the images that is not trained on, in (0, 0.5): they set the
-        threshold. At least 20 images, or a third of fewer than 60.
+        threshold. At least 40 images, or a third of fewer than 120.
     contamination : float, default=0.05
         Share of new images of known classes that may fall below the threshold, in
         (0, 0.5].

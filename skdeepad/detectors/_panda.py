@@ -255,8 +255,8 @@ None, default="ewc"
         How many checkpoints "ses" keeps.
     validation_fraction : float, default=0.1
         Share of the normal images that is not trained on, in (0, 0.5): they tell what
-        distance is typical of new ones (Appendix D). At least 20 images, or a third
-        of fewer than 60.
+        distance is typical of new ones (Appendix D). At least 40 images, or a third
+        of fewer than 120.
     contamination : float, default=0.05
         Share of new normal images that may fall below the threshold, in (0, 0.5].
     image_size : int or (int, int), default=None

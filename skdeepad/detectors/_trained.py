@@ -28,7 +28,7 @@ from ..inference import FeaturePass, JunctionPass, PassOutputs, pool, regroup
 from ..inputs import Vectors, chunks
 from ..scorers._base import row_digests
 from ..training import DivergedError, train
-from ._base import N_STAGES, BackboneDetector, as_unseen, find_related, hold_out
+from ._base import N_STAGES, BackboneDetector, by_rank_as_unseen, find_related, hold_out
 
 DECAY = 0.1  # of the learning rate at a milestone
 SPREAD = 1e-4  # of scores, relative to their size: less is none
@@ -320,10 +320,8 @@ class TrainedDetector(BackboneDetector):
         scores = self._score(found)
         self._warn_of_collapse(scores)
         if not held_out.all():
-            scores[~held_out] = as_unseen(
-                scores[~held_out], scores[held_out], spread=True
-            )
-        self._set_threshold(row_digests(found), scores)
+            scores[~held_out] = by_rank_as_unseen(scores[~held_out], scores[held_out])
+        self._set_threshold(row_digests(found), scores, int(held_out.sum()))
 
     def _warn_of_collapse(self, scores: NDArray[np.float64]) -> None:
         """Warn if all images have one score."""

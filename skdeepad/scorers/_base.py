@@ -15,7 +15,6 @@ from sklearn.utils import gen_batches
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ..base import AnomalyDetector, check_groups, keep_state_on_error, known_normal
-from ._neighbors import center_and_scale, centred, nearest
 
 FLOATS = (np.float64, np.float32)
 METRICS = ("sqeuclidean", "euclidean", "cosine")
@@ -110,6 +109,23 @@ def cross_fitted_scores(
     return scores
 
 
+def centred(X: NDArray[Any], origin: NDArray[Any], scale: float) -> NDArray[Any]:
+    """Move rows to an origin, and divide them by a scale."""
+    return ((X - origin) / scale).astype(X.dtype, copy=False)
+
+
+def center_and_scale(X: NDArray[Any]) -> tuple[NDArray[np.float64], float]:
+    """Give the origin and the scale at which products of rows lose least.
+
+    The scale is a power of two, so that dividing by it rounds nothing.
+    """
+    origin = X.mean(axis=0, dtype=np.float64)
+    size = max(
+        np.abs(X.max(axis=0) - origin).max(), np.abs(X.min(axis=0) - origin).max()
+    )
+    return origin, float(np.exp2(np.floor(np.log2(size)))) if size > 0 else 1.0
+
+
 def warn_of_copies(X: NDArray[Any], digests: NDArray[np.uint64]) -> None:
     """Warn if many rows are copies of others, or nearly so.
 
@@ -120,6 +136,8 @@ def warn_of_copies(X: NDArray[Any], digests: NDArray[np.uint64]) -> None:
     _, first = np.unique(digests, return_index=True)
     near = np.zeros(0, dtype=bool)
     if len(first) > 20:  # the neighbours of fewer leap by chance
+        from ._neighbors import nearest
+
         rows = centred(X[first], *center_and_scale(X[first]))
         inspected = np.arange(0, len(rows), max(1, len(rows) // N_INSPECTED))
         _, squared = nearest(rows[inspected], rows, 10, itself=inspected)

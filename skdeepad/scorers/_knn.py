@@ -9,9 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.utils._param_validation import Interval, StrOptions
 
-from ._base import METRICS, Scorer, from_squared, to_metric
+from ._base import (
+    METRICS,
+    Scorer,
+    center_and_scale,
+    centred,
+    from_squared,
+    to_metric,
+)
 from ._gaussian import GaussianScorer
-from ._neighbors import center_and_scale, centred, nearest
 
 
 class KNNScorer(Scorer):
@@ -118,8 +124,7 @@ default="sqeuclidean"
 
     def _score(self, X: NDArray[Any]) -> NDArray[np.float64]:
         queries = centred(self._to_space(X), self._origin, self._scale)
-        index, squared = nearest(queries, self._rows, self.n_neighbors)
-        return self._to_scores(self._copies[index], squared * self._scale**2)
+        return self._search(queries, self._rows, self._scale)
 
     def _leave_one_out(
         self, X: NDArray[Any], digests: NDArray[np.uint64]
@@ -129,26 +134,31 @@ default="sqeuclidean"
             return np.zeros(len(X))
         if self._gaussian is None:
             itself = np.arange(len(known))
-            index, squared = nearest(
-                self._rows, self._rows, self.n_neighbors, itself=itself
-            )
-            squared *= self._scale**2
-            return self._to_scores(self._copies[index], squared)[at]
+            return self._search(self._rows, self._rows, self._scale, itself)[at]
         scores = np.empty(len(known))
         for m in np.unique(self._copies):
             # all samples, whitened by the covariance without m copies of one of them
-            out = np.flatnonzero(self._copies == m)
             rows, leverage = self._gaussian._whiten_without(X[first], m)
             rows = rows.astype(X.dtype, copy=False)
-            index, squared = nearest(
-                rows[out],
-                rows,
-                self.n_neighbors,
-                itself=out,
-                leverage=leverage[out],
-            )
-            scores[out] = self._to_scores(self._copies[index], squared)
+            out = np.flatnonzero(self._copies == m)
+            scores[out] = self._search(rows[out], rows, 1.0, out, leverage[out])
         return scores[at]
+
+    def _search(
+        self,
+        queries: NDArray[Any],
+        rows: NDArray[Any],
+        scale: float,
+        itself: NDArray[np.intp] | None = None,
+        leverage: NDArray[np.float64] | None = None,
+    ) -> NDArray[np.float64]:
+        """Score queries by their nearest rows; see `nearest`."""
+        from ._neighbors import nearest
+
+        index, squared = nearest(
+            queries, rows, self.n_neighbors, itself=itself, leverage=leverage
+        )
+        return self._to_scores(self._copies[index], squared * scale**2)
 
     def _to_scores(
         self, copies: NDArray[np.intp], squared: NDArray[np.float64]

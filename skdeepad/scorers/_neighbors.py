@@ -1,4 +1,7 @@
-"""Nearest neighbours: candidates by products of matrices, distances of the winners."""
+"""Nearest neighbours: candidates by products of matrices, distances of the winners.
+
+Imported when it is needed, as torch takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +16,6 @@ from torch import Tensor
 MARGIN = 4  # candidates beyond those wanted, as float32 may confuse close ones
 BLOCK_SIZE = 2**24  # products that are in memory at a time
 MEASURED = 128  # queries whose candidates are measured at a time
-
-
-def centred(X: NDArray[Any], origin: NDArray[Any], scale: float) -> NDArray[Any]:
-    """Move rows to an origin, and divide them by a scale."""
-    return ((X - origin) / scale).astype(X.dtype, copy=False)
-
-
-def center_and_scale(X: NDArray[Any]) -> tuple[NDArray[np.float64], float]:
-    """Give the origin and the scale at which products of rows lose least.
-
-    The scale is a power of two, so that dividing by it rounds nothing.
-    """
-    origin = X.mean(axis=0, dtype=np.float64)
-    size = max(
-        np.abs(X.max(axis=0) - origin).max(), np.abs(X.min(axis=0) - origin).max()
-    )
-    return origin, float(np.exp2(np.floor(np.log2(size)))) if size > 0 else 1.0
 
 
 def nearest(
