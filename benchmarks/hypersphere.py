@@ -35,7 +35,6 @@ import numpy as np
 from _common import ROOT, environment, write_json
 from scipy.ndimage import gaussian_filter
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.pipeline import make_pipeline
 from sklearn.utils import Bunch
 from torch import nn
 
@@ -69,7 +68,7 @@ FAMILY: dict[str, Callable[..., Any]] = {
 COMPARED = ["HSC", "BCE"]
 ONE_CLASS: dict[str, Callable[[], Any]] = {
     "Mahalanobis": GaussianScorer,
-    "whitened kNN": lambda: make_pipeline(GaussianScorer(), KNNScorer()),
+    "whitened kNN": lambda: KNNScorer(metric="mahalanobis"),
     "cosine kNN": lambda: KNNScorer(metric="cosine"),
 }
 LENET = {"backbone": "mnist_lenet"}

@@ -55,9 +55,10 @@ def behind_features(*steps: Callable[[], Any]) -> Callable[..., Pipeline]:
 
 def two_views(late: Callable[..., Any], **options: Any) -> DetectorEnsemble:
     """Join the last stage, at one size of images, and a whitened one at another."""
-    early = behind_features(GaussianScorer, KNNScorer)
+    early = DETECTORS["whitened-knn"]
     whitened = early(**(options | {"stages": "stage5", "image_size": 64}))
-    return DetectorEnsemble([("late", late(**options)), ("whitened", whitened)])
+    members = [("late", late(**options)), ("whitened", whitened)]
+    return DetectorEnsemble(members, weights=[1, 2])  # squared lengths, and lengths
 
 
 # name -> a function of image_size and memory that makes the estimator
@@ -71,7 +72,7 @@ DETECTORS: dict[str, Callable[..., Any]] = {
     "kmeans": behind_features(KMeansScorer),
     "centroid": behind_features(CentroidScorer),
     "gaussian": behind_features(GaussianScorer),
-    "whitened-knn": behind_features(GaussianScorer, KNNScorer),
+    "whitened-knn": behind_features(lambda: KNNScorer(metric="mahalanobis")),
 }
 # the default of `DetectorEnsemble`, at 160 pixels, and the same with PANDA
 DETECTORS["ensemble"] = partial(two_views, DETECTORS["cosine-knn"])

@@ -25,7 +25,7 @@ from scipy.stats import rankdata, spearmanr
 from sklearn.base import clone
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GridSearchCV
-from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer
 
 from skdeepad import (
@@ -60,7 +60,7 @@ SCORERS = {
     "kNN": KNNScorer(),
     "kNN, cosine": KNNScorer(metric="cosine"),
     "Gaussian": GaussianScorer(),
-    "whitened kNN": make_pipeline(GaussianScorer(), KNNScorer()),
+    "whitened kNN": KNNScorer(metric="mahalanobis"),
 }
 DEFAULT = "112, stages 5 to 7, Gaussian"  # MahalanobisFeatureScorer(image_size=112)
 

@@ -174,6 +174,7 @@ def test_textures_masks_tell_what_is_damaged(texture, image_size):
     ("wrong", "name"),
     [
         ({"texture": "wood"}, "texture"),
+        ({"split": "thirds"}, "split"),
         ({"n_train": -1}, "n_train"),
         ({"n_test_good": 1.5}, "n_test_good"),
         ({"n_test_defective": -3}, "n_test_defective"),
@@ -188,6 +189,20 @@ def test_textures_masks_tell_what_is_damaged(texture, image_size):
 def test_textures_name_the_wrong_parameter(wrong, name):
     with pytest.raises(ValueError, match=name):
         make_texture_defects(**wrong)
+
+
+@pytest.mark.parametrize("texture", TEXTURES)
+def test_textures_of_halves_share_no_pixel(texture, monkeypatch):
+    """On a photograph whose pixels tell their column."""
+    columns = np.tile(np.arange(512) // 2, (512, 1)).astype(np.uint8)
+    monkeypatch.setattr(skimage.data, texture, lambda: columns)
+    options = {"n_test_defective": 0, "image_size": 128, "random_state": 0}
+    halves = make_texture_defects(texture, split="halves", **options)
+    assert halves.X_train.max() < 128 <= halves.X_test.min()
+    assert halves.X_train.min() < 10
+    assert halves.X_test.max() > 245
+    overlapping = make_texture_defects(texture, **options)
+    assert overlapping.X_test.min() < 128 < overlapping.X_train.max()
 
 
 def test_textures_without_scikit_image(monkeypatch):

@@ -59,9 +59,10 @@ CHOICES = {
     "BackboneFeatures": {"stages": ["stage1", "stage2"]},
     "CentroidScorer": {"metric": ["euclidean", "cosine"]},
     "ClassGaussianScorer": {"covariance": ["diagonal", "oas"]},
+    "CrossFittedDetector": {"estimator__stages": ["stage1", "stage2"]},
     "DeepSAD": {"learning_rate": [1e-4, 1e-2]},
     "DeepSVDD": {"learning_rate": [1e-4, 1e-2]},
-    "DetectorEnsemble": {"scale": ["log", "rank"]},
+    "DetectorEnsemble": {"weights": [[1, 0], [0, 1]]},
     "GaussianScorer": {"covariance": ["diagonal", "oas"]},
     "HSCClassifier": {"objective": ["hsc", "bce"]},
     "KDClonerEstimator": {"loss": ["value", "direction"]},
@@ -92,7 +93,8 @@ def pipeline(public, kind):
     network = NETWORKS[kind]
     first = StandardScaler() if kind == "vectors" else FunctionTransformer()
     steps = [("first", first)]
-    if kind != "vectors" and not takes(public, "backbone"):
+    sees_images = takes(public, "backbone") or takes(public, "estimator")
+    if kind != "vectors" and not sees_images:
         options = {**BUDGETS, **network, "stages": "stage2"}
         steps.append(("features", make(BackboneFeatures, **options)))
     steps.append(("it", make(public, **BUDGETS, **network)))

@@ -152,6 +152,7 @@ def _damaged_patch(
         "n_test_defective": [Interval(Integral, 0, None, closed="left")],
         "image_size": [Interval(Integral, 32, 128, closed="both")],
         "kinds": [list, tuple],
+        "split": [StrOptions({"overlapping", "halves"})],
         "random_state": ["random_state"],
     },
     prefer_skip_nested_validation=True,
@@ -164,6 +165,7 @@ def make_texture_defects(
     n_test_defective: int = 100,
     image_size: int = 64,
     kinds: Sequence[str] = ("scratch", "blob", "cut_paste", "blur", "missing"),
+    split: str = "overlapping",
     random_state: int | np.random.RandomState | None = None,
 ) -> Bunch:
     """Cut patches of a real texture photograph and paint defects into some of them.
@@ -193,6 +195,12 @@ def make_texture_defects(
           lighter or darker;
         * "blur": an irregular spot out of focus;
         * "missing": an irregular flat hole, dark or as grey as its surroundings.
+    split : {"overlapping", "halves"}, default="overlapping"
+        Where patches are cut. "overlapping": all anywhere in the photograph, so that
+        new good patches are exchangeable with the training patches, and thresholds
+        can be tested. "halves": training patches in its left half and test patches
+        in its right half: they have no pixel in common, as on a production line, but
+        the halves differ a little.
     random_state : int, RandomState instance or None, default=None
         Decides on the patches, the order of the test set and the defects. Pass an
         int for the same result on each call.
@@ -226,10 +234,12 @@ def make_texture_defects(
     Notes
     -----
     Good patches, for training and for testing, are cut at different random places
-    of the photograph and mirrored at random. They overlap, within the training set
-    as much as between the sets: new good patches are to the training patches what
-    these are to each other, as for parts from one production. A score says how well
-    defects are found on this material, not on another photograph of it.
+    of the photograph and mirrored at random. By default they overlap, within the
+    training set as much as between the sets: new good patches are to the training
+    patches what these are to each other. That flatters detectors, which have seen
+    parts of the test patches; with ``split="halves"`` they have not. Either way, a
+    score says how well defects are found on this material, not on another photograph
+    of it.
 
     A pixel belongs to the mask where the defect covers it by more than half. Pixels
     further than ``2 + image_size / 32`` from the mask are those of the photograph.
@@ -274,8 +284,14 @@ def make_texture_defects(
     rng = check_random_state(random_state)
     photo = getattr(skimage.data, texture)()
     n_test = n_test_good + n_test_defective
-    patches = _patches(photo, n_train + n_test, image_size, rng)
-    X_train, X_test = patches[:n_train], patches[n_train:]
+    if split == "halves":
+        middle = photo.shape[1] // 2
+        X_train = _patches(photo[:, :middle], n_train, image_size, rng)
+        photo = photo[:, middle:]
+        X_test = _patches(photo, n_test, image_size, rng)
+    else:
+        patches = _patches(photo, n_train + n_test, image_size, rng)
+        X_train, X_test = patches[:n_train], patches[n_train:]
     masks_test = np.zeros(X_test.shape, dtype=bool)
     kinds_test = np.array(
         ["good"] * n_test_good + list(islice(cycle(kinds), n_test_defective)),
@@ -294,6 +310,7 @@ def make_texture_defects(
         DESCR=(
             f"Patches of {image_size} x {image_size} pixels from scikit-image's "
             f"photograph {texture!r} (CC0 licence), some of the test patches with "
-            "artificial defects. Patches are cut at different places, and overlap."
+            "artificial defects. Patches are cut at different places, and overlap"
+            f"{'' if split == 'overlapping' else ', but those of the two sets'}."
         ),
     )
