@@ -234,6 +234,23 @@ def test_ewc_is_between():
     assert (np.diff(distances) < 0).all()
 
 
+def test_the_stiffest_spring_takes_a_step_back():
+    """Weights are then where their last step alone would have brought them."""
+    options = {"batch_size": 200, "momentum": 0, "clip_norm": None}
+    options |= {"learning_rate": 1e-3, "normalize": False}
+    initial = linear_network().state_dict()
+    fisher = {name: torch.ones_like(value) for name, value in initial.items()}
+    held = make(ewc_lambda=1e12, fisher=fisher, max_steps=2, **options).fit(X)
+    free = make("early_stopping", max_steps=1, **options).fit(X)
+    first = initial["stages.second.weight"]
+    steps = [
+        next(iter(estimator._versions.stages.values())).second.weight - first
+        for estimator in (held, free)
+    ]
+    assert_allclose(steps[0], steps[1], rtol=0.05, atol=1e-6)
+    assert steps[1].abs().max() > 1e-4
+
+
 def test_ses_scores_by_the_largest_of_normalized_distances():
     estimator = make("ses", n_checkpoints=4, normalize=False).fit(X)
     assert estimator.checkpoints_ == (5, 10, 15, 20)
