@@ -553,9 +553,23 @@ def test_the_soft_boundary_leaves_nu_outside():
     detector = DeepSVDD(
         net, objective="soft-boundary", learning_rate=1e-12, batch_size=80, **options
     ).fit(X)
-    distances = np.linalg.norm(X @ trained_weight(detector).T - detector.center_, axis=1)
+    z = X @ trained_weight(detector).T
+    distances = np.linalg.norm(z - detector.center_, axis=1)
     # 16 of the 80, and some of the 20 others
     assert 16 <= np.sum(distances > detector.radius_) <= 36
+
+
+def test_a_mini_batch_of_one_is_the_same_without_the_cache(digits):
+    """BatchNorm is given it twice, which is more than the frozen pass takes."""
+    X, y, _, _ = digits
+    options = {"batch_size": 1, "pretrain_steps": 0, "max_steps": 3}
+    curves = [
+        DeepSVDD(max_cache_bytes=bound, random_state=0, **options)
+        .fit(X[y == 1][:30])
+        .loss_curve_
+        for bound in (2**30, 0)
+    ]
+    assert_array_equal(*curves)
 
 
 def test_deep_sad_without_labels_is_deep_svdd(digits):

@@ -486,6 +486,14 @@ def test_batches_are_cut_anew(sizes, size):
     assert [i for index, _ in cut for i in index] == list(range(sum(sizes)))
 
 
+def test_a_pass_refuses_what_it_cannot_pad():
+    estimator = make(None, batch_size=8).fit(X)
+    task = estimator._trunk_pass()
+    assert task.run(torch.zeros(8, 6)).shape == (8, 5)
+    with pytest.raises(ValueError, match="A pass of 8 samples was given 9"):
+        task.run(torch.zeros(9, 6))
+
+
 def count_trunk(monkeypatch):
     """Count the images that frozen stages see."""
     seen = []

@@ -43,7 +43,7 @@ from ..inputs import Vectors, chunks
 from ..objectives import compactness, elastic_penalty, outlier_exposure
 from ..scorers import CentroidScorer, KMeansScorer, KNNScorer
 from ..scorers._base import Scorer, row_digests
-from ..training import DivergedError, shuffled_batches, train
+from ..training import DivergedError, balanced_batches, shuffled_batches, train
 from ._base import BackboneDetector, as_unseen, hold_out
 
 SCORERS = {"knn": KNNScorer, "kmeans": KMeansScorer, "centroid": CentroidScorer}
@@ -153,15 +153,13 @@ class Adaptation:
 
     def outlier_exposure(self, outliers: NDArray[np.intp]) -> Iterator[Tensor]:
         """Eq. 5, over as many outliers as normal samples."""
-
-        def mixed() -> Iterator[NDArray[np.intp]]:
-            for normal in shuffled_batches(self.rows, self.batch_size, self.rng):
-                yield np.append(normal, self.rng.choice(outliers, len(normal)))
-
-        for index, x in self.outputs.batches(mixed()):
-            outlier = torch.from_numpy(np.arange(len(index)) >= len(index) // 2)
+        drawn = balanced_batches(self.rows, outliers, self.batch_size, self.rng)
+        halves = self.outputs.batches(drawn)
+        for _, normal in halves:
+            x = np.concatenate([normal, next(halves)[1]])
+            outlier = torch.arange(len(x), device=self.device) >= len(normal)
             logits = self.head(self.psi(x))[:, 0]
-            yield outlier_exposure(logits, outlier.to(self.device))
+            yield outlier_exposure(logits, outlier)
 
 
 class PANDAEstimator(
