@@ -27,7 +27,7 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..backbones._backbone import Versions
+from ..backbones._backbone import Adapted
 from ..backbones._pretrained import read_tensors
 from ..base import draw_seed, keep_state_on_error, known_normal
 from ..fisher import check_classes, mean_squared_gradients, sampled_loss
@@ -605,8 +605,8 @@ None, default="ewc"
     def _use(self, versions: Mapping[str, nn.Module]) -> None:
         """Take the features of these versions of the stages after them."""
         _, shape = self._trunk_row
-        to_map = self.backbone_.to_map
-        self._versions = Versions(versions, shape, to_map).frozen()
+        first = self.trained_stages_[0]
+        self._versions = Adapted(self.backbone_, first, versions, shape).frozen()
         self._widths = self._versions_pass().widths(shape)
 
     def _versions_pass(self) -> FeaturePass:
