@@ -15,6 +15,8 @@ grid    a grid search over twelve scorers, three folds, as time over that of one
         of features, and without keeping them
         (grid-112: of more and smaller images, where the scorers weigh more)
 panda   scoring by ten checkpoints (SES), as time over that of unadapted features
+panda-fit  time of a loop as in the official code, contiguous and channels last, over
+        that of fit
 kd_cloner  scores and maps, as time over a bare pass of each of its two networks
 hsc     an epoch of a LeNet under HSC, as time over that of a bare loop in PyTorch
 representation  compare_representations on 1,000 images and three backbones, as time
@@ -47,6 +49,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import Pipeline, make_pipeline
+from torch import nn
 
 from skdeepad import (
     BackboneFeatures,
@@ -346,6 +349,72 @@ def measure_panda(repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_panda_fit(repeats: int) -> list[dict[str, Any]]:
+    """Adapt by 30 steps, and by a loop that runs the whole network at each."""
+    n, size, rows = 300, 112, []
+    photos = make_photos(n, size)
+    options = {"image_size": size, "device": "cpu", "random_state": 0}
+    runs: dict[str, Callable[[], Any]] = {
+        "contiguous": official_loop(photos, torch.contiguous_format),
+        "channels last": official_loop(photos, torch.channels_last),
+    }
+    for adaptation in ("ewc", "early_stopping"):
+        detector = PANDAEstimator(adaptation=adaptation, **options)
+        runs[adaptation] = partial(detector.fit, photos)
+    seconds = take_turns(runs, repeats)
+    loops = list(runs)[:2]
+    for name, loop in product(("ewc", "early_stopping"), loops):
+        row = {
+            "what": f"panda-fit, {size} px, official loop, {loop}, over {name}",
+            "n_images": n,
+            "seconds": round(min(seconds[name]), 2),
+            "loop_seconds": round(min(seconds[loop]), 2),
+            **ratios(seconds[loop], seconds[name]),
+        }
+        print_row(row, f"{row['seconds']:.1f} s")
+        rows.append(row)
+    return rows
+
+
+def official_loop(
+    photos: NDArray[np.uint8], memory_format: torch.memory_format
+) -> Callable[[], None]:
+    """Make a loop as in the official code: features, 30 steps of EWC, features again.
+
+    Images lie ready, and the Fisher diagonal is given.
+    """
+    images = torch.from_numpy(photos).permute(0, 3, 1, 2) / 255
+
+    def loop() -> None:
+        net = load_backbone("efficientnet_lite0").clone()
+        ready = net.normalize(images).contiguous(memory_format=memory_format)
+        net = net.to(memory_format=memory_format)
+        stages = nn.Sequential(*net.stages.values())
+        weights = list(stages[6:].requires_grad_(True).parameters())
+        initial = [weight.detach().clone() for weight in weights]
+        fisher = [torch.ones_like(weight) for weight in weights]
+
+        def features() -> torch.Tensor:
+            with torch.inference_mode():
+                return torch.cat([stages(batch) for batch in ready.split(BATCH)])
+
+        center = features().mean(dim=0)
+        optimizer = torch.optim.SGD(weights, 0.01, momentum=0.9)
+        for _ in range(30):
+            drawn = torch.randperm(len(ready))[:BATCH]
+            batch = ready[drawn].contiguous(memory_format=memory_format)
+            loss = (stages(batch) - center.clone()).square().sum(dim=1).mean()
+            for f, now, before in zip(fisher, weights, initial, strict=True):
+                loss = loss + (f * (now - before).square()).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1e-3)
+            optimizer.step()
+        features()
+
+    return loop
+
+
 def measure_kd_cloner(repeats: int) -> list[dict[str, Any]]:
     """Score and map by knowledge distillation, over both networks' bare passes."""
     n, rows = 300, []
@@ -512,6 +581,7 @@ PARTS = {
         measure_grid, cases=[(6000, 112, SHARED), (600, 112, UNSHARED)]
     ),
     "panda": measure_panda,
+    "panda-fit": measure_panda_fit,
     "kd_cloner": measure_kd_cloner,
     "hsc": measure_hsc,
     "representation": measure_representation,

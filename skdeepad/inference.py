@@ -152,9 +152,17 @@ class FeaturePass:
         return load_batches(inputs, indices, self.image_size, channels)
 
     def run(self, values: Tensor) -> NDArray[Any]:
-        """Give the features of up to `batch_size` samples."""
-        network = frozen_copy(self.backbone, self.device, self.dtype)
+        """Give the features of up to `batch_size` samples.
+
+        Raises
+        ------
+        ValueError
+            If there are more, whose features would depend on how many there are.
+        """
         n = len(values)
+        if n > self.batch_size:
+            raise ValueError(f"A pass of {self.batch_size} samples was given {n}.")
+        network = frozen_copy(self.backbone, self.device, self.dtype)
         x = values.to(self.device, non_blocking=True)
         if n < self.batch_size:
             x = F.pad(x, (*(0, 0) * (x.ndim - 1), 0, self.batch_size - n))
@@ -308,7 +316,9 @@ class PassOutputs:
             if batch.values is None or batch.failed:
                 raise ValueError(f"Files cannot be read any more: {batch.failed}.")
             values = change(batch.values) if change else batch.values
-            yield batch.index, self.task.run(values)
+            # a mini-batch may hold its samples twice, for BatchNorm
+            parts = values.split(self.task.batch_size)
+            yield batch.index, np.concatenate([self.task.run(part) for part in parts])
 
 
 def regroup(batches: Iterable[Outputs], size: int) -> Iterator[Outputs]:

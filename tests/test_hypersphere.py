@@ -341,6 +341,13 @@ def test_it_can_be_partly_trained(digits):
             strict=True,
         )
         assert trained == any(not torch.equal(new, old) for new, old in pairs)
+        # BatchNorm of a network that is trained in part keeps its statistics
+        pairs = zip(
+            model.backbone_.stages[name].buffers(),
+            source.stages[name].buffers(),
+            strict=True,
+        )
+        assert all(torch.equal(new, old) for new, old in pairs)
     # features of frozen and of trained stages, and the same without the cache
     expected = model.score_samples(X_test[:20])
     again = clone(model).set_params(max_cache_bytes=0).fit(X, y)
@@ -526,6 +533,43 @@ def test_contrast_normalization(digits):
     )
     with pytest.raises(ValueError, match="contrast_normalization is for images"):
         DeepSVDD(contrast_normalization=True).fit(np.eye(30))
+
+
+@pytest.mark.parametrize("make", [DeepSVDD, DeepSAD])
+def test_batchnorm_learns_with_the_objective(make, digits):
+    X, y, _, _ = digits
+    detector = make(pretrain_steps=0, max_steps=2, random_state=0).fit(X[y == 1])
+    norms = [m for m in detector.backbone_.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms
+    assert all(norm.num_batches_tracked == 2 for norm in norms)
+    assert all(norm.running_mean.any() for norm in norms)
+
+
+def test_the_soft_boundary_leaves_nu_outside():
+    """One mini-batch holds all 80 that are trained on; the rate lets them lie."""
+    X = np.random.default_rng(0).normal(size=(100, 3))
+    options = {"nu": 0.2, "warm_up_steps": 1, "pretrain_steps": 0, "max_steps": 2}
+    net = nn.Linear(3, 2, bias=False)
+    detector = DeepSVDD(
+        net, objective="soft-boundary", learning_rate=1e-12, batch_size=80, **options
+    ).fit(X)
+    z = X @ trained_weight(detector).T
+    distances = np.linalg.norm(z - detector.center_, axis=1)
+    # 16 of the 80, and some of the 20 others
+    assert 16 <= np.sum(distances > detector.radius_) <= 36
+
+
+def test_a_mini_batch_of_one_is_the_same_without_the_cache(digits):
+    """BatchNorm is given it twice, which is more than the frozen pass takes."""
+    X, y, _, _ = digits
+    options = {"batch_size": 1, "pretrain_steps": 0, "max_steps": 3}
+    curves = [
+        DeepSVDD(max_cache_bytes=bound, random_state=0, **options)
+        .fit(X[y == 1][:30])
+        .loss_curve_
+        for bound in (2**30, 0)
+    ]
+    assert_array_equal(*curves)
 
 
 def test_deep_sad_without_labels_is_deep_svdd(digits):

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from skdeepad import KDClonerEstimator
 from skdeepad.backbones import Backbone, load_backbone
 from skdeepad.backbones._cloner import make_cloner
+from skdeepad.detectors._base import as_unseen
 from skdeepad.detectors._kd_cloner import Augmentation, has_converged
 from skdeepad.detectors._source_and_cloner import (
     SourceAndCloner,
@@ -213,6 +214,17 @@ def test_convergence():
 def test_training_stops_once_it_has_converged(photos):
     detector = make(max_steps=1000, tol=0.99).fit(photos)
     assert detector.n_iter_ == len(detector.loss_curve_) == 200
+
+
+# the threshold
+
+
+def test_scores_of_training_images_are_brought_to_the_level_of_unseen_ones():
+    distances, unseen = np.array([-1.0, -3.0]), np.array([-4.0, -8.0])
+    assert_allclose(as_unseen(distances, unseen), [-3, -9])  # stretched
+    assert_allclose(as_unseen(-distances, unseen), [-7, -5])  # shifted
+    both = as_unseen(distances, unseen, spread=True)
+    assert_allclose(both, [-4, -8])
 
 
 # the cloner

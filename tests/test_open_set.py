@@ -121,6 +121,14 @@ def test_outputs_agree(fitted, digits):
     assert_allclose(alone, fitted.score_samples(X_test)[5:6], rtol=1e-6)
 
 
+def test_fit_predict_tells_known_from_unknown(digits):
+    X, y, _, _ = digits
+    model = lenet(max_steps=5)
+    known = model.fit_predict(X, y)
+    assert set(known) == {-1, 1}
+    assert_array_equal(known, model.predict_known(X))
+
+
 def test_classes_keep_their_names(digits):
     X, y, _, _ = digits
     names = np.array(["zero", "one", "two", "three", "four", "five"])[y]

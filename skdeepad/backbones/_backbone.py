@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
@@ -218,6 +219,69 @@ class Versions(Backbone):
         return {
             name: self.as_map(self.stages[name](x)) for name in self.check_stages(names)
         }
+
+
+class Adapted(Versions):
+    """`Versions`, held as what sets them apart from the network that they are of.
+
+    A pickle holds the weights that training has changed; the network, which has the
+    others, goes by name where it is shared.
+
+    Parameters
+    ----------
+    source : Backbone
+        The network as it was before.
+    first : str
+        The first of its stages that the versions have.
+    versions : mapping of str to torch.nn.Module
+        The stages from that one on, by their names, in one module for each version.
+    input_shape : tuple of int
+        As in `Versions`.
+    """
+
+    def __init__(
+        self,
+        source: Backbone,
+        first: str,
+        versions: Mapping[str, nn.Module],
+        input_shape: tuple[int, ...],
+    ) -> None:
+        super().__init__({"source": source}, input_shape, source.to_map)
+        self.first = first
+        self.input_shape = input_shape
+        self.changed: dict[str, tuple[str, ...]] = {}
+        self.tensors = nn.ParameterList()
+        before = source.stages.state_dict()
+        for version, stages in versions.items():
+            now = {
+                name: value
+                for name, value in stages.state_dict().items()
+                if not torch.equal(value, before[name])
+            }
+            self.changed[version] = tuple(now)
+            self.tensors.extend(nn.Parameter(v, False) for v in now.values())
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """Names of the versions."""
+        return tuple(self.changed)
+
+    def clone(self) -> Versions:  # type: ignore[override]
+        """Make the versions whole."""
+        source: Any = self.stages["source"]
+        names = source.stage_names[source.stage_names.index(self.first) :]
+        stages = nn.Sequential(OrderedDict((n, source.stages[n]) for n in names))
+        tensors = iter(self.tensors)
+        versions = {}
+        for version, changed in self.changed.items():
+            now = {name: next(tensors) for name in changed}
+            versions[version] = copy.deepcopy(stages)
+            versions[version].load_state_dict(now, strict=False)
+        return Versions(versions, self.input_shape, self.to_map).frozen()
+
+    def forward_stages(self, x: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+        """Run the named versions; for many samples, run a `clone`."""
+        return self.clone().forward_stages(x, names)
 
 
 class Part(nn.Module):

@@ -648,3 +648,24 @@ default="max_logit"
             of unknown classes, and for files that were skipped.
         """
         return np.where(self.score_samples(X) >= self.offset_, 1, -1)
+
+    def fit_predict(self, X: Any, y: ArrayLike | None = None) -> NDArray[np.int_]:
+        """Fit to X, and tell its images of known classes from others.
+
+        Outlier detectors of scikit-learn give +1 and -1 here; classifiers have no such
+        method.
+
+        Parameters
+        ----------
+        X : array-like or sequence of paths
+            Images, in any form that `fit` takes.
+        y : array-like of shape (n_samples,)
+            Their classes, as in `fit`.
+
+        Returns
+        -------
+        ndarray of int, shape (n_samples,)
+            As `predict_known` gives them: +1 for known classes, -1 for others. Classes
+            are what ``fit(X, y).predict(X)`` gives.
+        """
+        return self.fit(X, y).predict_known(X)

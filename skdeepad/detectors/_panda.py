@@ -27,7 +27,7 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..backbones._backbone import Versions
+from ..backbones._backbone import Adapted
 from ..backbones._pretrained import read_tensors
 from ..base import (
     check_groups,
@@ -49,7 +49,7 @@ from ..inputs import Vectors, chunks
 from ..objectives import compactness, elastic_penalty, outlier_exposure
 from ..scorers import CentroidScorer, KMeansScorer, KNNScorer
 from ..scorers._base import Scorer, row_digests
-from ..training import DivergedError, shuffled_batches, train
+from ..training import DivergedError, balanced_batches, shuffled_batches, train
 from ._base import BackboneDetector, as_unseen, find_related, hold_out
 
 SCORERS = {"knn": KNNScorer, "kmeans": KMeansScorer, "centroid": CentroidScorer}
@@ -159,15 +159,13 @@ class Adaptation:
 
     def outlier_exposure(self, outliers: NDArray[np.intp]) -> Iterator[Tensor]:
         """Eq. 5, over as many outliers as normal samples."""
-
-        def mixed() -> Iterator[NDArray[np.intp]]:
-            for normal in shuffled_batches(self.rows, self.batch_size, self.rng):
-                yield np.append(normal, self.rng.choice(outliers, len(normal)))
-
-        for index, x in self.outputs.batches(mixed()):
-            outlier = torch.from_numpy(np.arange(len(index)) >= len(index) // 2)
+        drawn = balanced_batches(self.rows, outliers, self.batch_size, self.rng)
+        halves = self.outputs.batches(drawn)
+        for _, normal in halves:
+            x = np.concatenate([normal, next(halves)[1]])
+            outlier = torch.arange(len(x), device=self.device) >= len(normal)
             logits = self.head(self.psi(x))[:, 0]
-            yield outlier_exposure(logits, outlier.to(self.device))
+            yield outlier_exposure(logits, outlier)
 
 
 class PANDAEstimator(
@@ -623,8 +621,8 @@ None, default="ewc"
     def _use(self, versions: Mapping[str, nn.Module]) -> None:
         """Take the features of these versions of the stages after them."""
         _, shape = self._trunk_row
-        to_map = self.backbone_.to_map
-        self._versions = Versions(versions, shape, to_map).frozen()
+        first = self.trained_stages_[0]
+        self._versions = Adapted(self.backbone_, first, versions, shape).frozen()
         self._widths = self._versions_pass().widths(shape)
 
     def _versions_pass(self) -> FeaturePass:
