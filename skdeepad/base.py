@@ -10,7 +10,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -135,6 +135,8 @@ class AnomalyDetector(OutlierMixin, BaseEstimator):
     _parameter_constraints: dict[str, Any] = {  # noqa: RUF012 (scikit-learn's name)
         "contamination": [Interval(Real, 0, 0.5, closed="right")],
     }
+    # what attributes hold besides plain data: see docs/architecture.md
+    _saved: ClassVar[dict[str, Any]] = {}
     contamination: float
     offset_: float
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -82,6 +82,8 @@ class OneClassKFold(KFold):
     >>> search.fit(X, y).best_params_
     {'kernel': 'rbf'}
     """
+
+    _saved: ClassVar = {}
 
     def split(
         self, X: Any, y: ArrayLike | None = None, groups: Any = None
@@ -187,6 +189,8 @@ class PseudoAnomalyScorer:
     >>> search.fit(X[y == 3]).best_params_
     {'gamma': 0.001}
     """
+
+    _saved: ClassVar = {}
 
     kinds: Sequence[str] | None = None
     image_shape: tuple[int, ...] | None = None

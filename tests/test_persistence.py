@@ -36,10 +36,9 @@ from skdeepad import (
     KDClonerEstimator,
     KNNScorer,
     load,
-    persistence,
     save,
 )
-from skdeepad.persistence import LoadError
+from skdeepad.persistence import LoadError, _registry
 
 X = np.random.default_rng(0).normal(size=(40, 5))
 
@@ -84,7 +83,7 @@ PLAIN = (
     )
     | hnp.from_dtype(np.dtype("f4"))
 )
-KEYS = st.text() | st.integers() | st.floats(allow_nan=False)
+KEYS = st.text() | st.integers(1 - 2**63, 2**63 - 1) | st.floats(allow_nan=False)
 NESTED = st.recursive(
     PLAIN,
     lambda inner: (
@@ -164,7 +163,7 @@ def test_pretrained_weights_are_written_by_name(textures):
 
 def test_other_pretrained_weights_are_told(textures, monkeypatch):
     data = saved(BackboneFeatures(image_size=32).fit(textures.X_train))
-    monkeypatch.setattr(persistence, "weights_digest", lambda _: "others")
+    monkeypatch.setattr(_registry, "weights_digest", lambda _: "others")
     with pytest.raises(LoadError, match="'efficientnet_lite0' on this machine are not"):
         load(BytesIO(data))
 
@@ -175,7 +174,7 @@ def test_missing_pretrained_weights_are_told(textures, monkeypatch):
     def none_here(_):
         raise FileNotFoundError("The pretrained weights are not on this machine.")
 
-    monkeypatch.setattr(persistence, "load_backbone", none_here)
+    monkeypatch.setattr(_registry, "load_backbone", none_here)
     with pytest.raises(FileNotFoundError, match="not on this machine"):
         load(BytesIO(data))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from hashlib import blake2b
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -39,6 +39,8 @@ class HeldOutScores:
     again gives its leave-one-out score instead: training and new rows are on one
     scale, and `contamination` means the same on both.
     """
+
+    _saved: ClassVar = {}
 
     def __init__(
         self, digests: NDArray[np.uint64], scores: NDArray[np.float64]
@@ -93,6 +95,8 @@ class Scorer(AnomalyDetector):
     A subclass defines ``_fit(X)``, which returns the leave-one-out scores of the
     training rows, and ``_score(X)``.
     """
+
+    _saved: ClassVar = {"_held_out": HeldOutScores}
 
     def _fit(self, X: NDArray[Any]) -> NDArray[np.float64]:
         raise NotImplementedError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from numbers import Integral
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +62,8 @@ class KNNScorer(Scorer):
     >>> scorer.score_samples([[5.0]])
     array([-9.])
     """
+
+    _saved: ClassVar = {"_neighbors": NearestNeighbors}
 
     _parameter_constraints = {  # noqa: RUF012
         **Scorer._parameter_constraints,
