@@ -71,8 +71,8 @@ def check_covariance(found: EmpiricalCovariance) -> bool:
 
 def check_layer(module: nn.Module) -> bool:
     """Tell whether a layer's tensors have the sizes that its settings say."""
-    expected = expected_shapes(module)
-    tensors = {**module._parameters, **module._buffers}
+    tensors = module._parameters | module._buffers
+    expected = expected_shapes(module) if tensors else {}
     return all(
         tensor.shape == expected.get(name, tensor.shape)
         for name, tensor in tensors.items()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from enum import Enum
@@ -10,7 +9,7 @@ from functools import partial
 from math import prod
 from pathlib import Path
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +38,7 @@ TORCH_DTYPES = {
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 }
 FLOATS = ("nan", "inf", "-inf")  # which JSON has not
-SCALARS = (type(None), bool, int, float, str, np.generic)
+SCALARS = (str, int, float, type(None), np.generic)
 
 # Far above what estimators need
 MAX_OBJECTS = 2**19
@@ -47,29 +46,11 @@ MAX_DEPTH = 100  # of objects in objects; Python's own limit is a few hundred
 MAX_UNFOLDED = 2**22  # objects in an object, those counted often that are there often
 
 NOTHING: frozenset[type] = frozenset()
-PARTS = {"_parameters": nn.Parameter, "_buffers": Tensor, "_modules": nn.Module}
-NOT_SET = {"_loader"}  # how a backbone is found again: copying calls it
-CHILD_NAME = re.compile(
-    r"\w[\w -]*", re.ASCII
-)  # of stages, layers and tensors; numbers
-
-
-class Made(NamedTuple):
-    """An object that was made, and what is in it.
-
-    Parameters
-    ----------
-    value : object
-    kinds : frozenset of type
-        The classes of what is in it and is not plain data.
-    size, depth : int
-        How many objects are in it, and how deep.
-    """
-
-    value: Any
-    kinds: frozenset[type]
-    size: int
-    depth: int
+PARTS = {  # of a module; there may be None in the place of each
+    "_parameters": (nn.Parameter, type(None)),
+    "_buffers": (Tensor, type(None)),
+    "_modules": (nn.Module, type(None)),
+}
 
 
 class Reader:
@@ -93,10 +74,12 @@ class Reader:
         self.tensors = tensors
         self.trusted = trusted
         self.objects: list[dict[str, Any]] = []
-        self.made: list[Made] = []
-        # of the object that is being made, from its parts
+        # Of the object that is being made: the classes of what is in it and is not
+        # plain data, how many objects are in it, and how deep
         self.kinds: frozenset[type] = NOTHING
         self.size = self.depth = 1
+        # the same of those that are made, behind each
+        self.made: list[tuple[Any, frozenset[type], int, int]] = []
         # for the warnings
         self.of_sklearn = ""
         self.paths: dict[str, Any] = {}
@@ -114,32 +97,30 @@ class Reader:
             made = MAKERS[kind](self, value, description)
             if self.size > MAX_UNFOLDED or self.depth > MAX_DEPTH:
                 raise LoadError("The file holds more objects in an object than it may.")
-            self.made.append(Made(made, self.kinds, self.size, self.depth))
+            self.made.append((made, self.kinds, self.size, self.depth))
         return self.decode(root)
 
     def decode(self, value: Any) -> Any:
         """Give the value that something in the manifest stands for."""
-        if isinstance(value, list):
-            part = self.refer(value)
-            self.kinds |= part.kinds
-            self.size += part.size
-            self.depth = max(self.depth, 1 + part.depth)
-            return part.value
-        if isinstance(value, dict):
+        if type(value) is list:
+            (place,) = value
+            made, kinds, size, depth = at(self.made, place)
+            if kinds:
+                self.kinds |= kinds
+            self.size += size
+            if depth >= self.depth:
+                self.depth = depth + 1
+            return made
+        if type(value) is dict:
             raise LoadError("The file's manifest is not one that save wrote.")
         return value
-
-    def refer(self, reference: list[Any]) -> Made:
-        """Find an object that was made before."""
-        (place,) = reference
-        return at(self.made, place)
 
     def decode_keys(self, values: list[Any]) -> list[Any]:
         """Give values that are to be hashed."""
         keys = [self.decode(value) for value in values]
         for key in keys:
             if not is_key(key):
-                raise LoadError(f"The file has a {type(key).__name__} in a set or a key.")
+                raise LoadError(f"The file has a {type(key).__name__} as a key.")
         return keys
 
     # plain data
@@ -201,7 +182,7 @@ class Reader:
     def make_enum(self, value: str, told: dict[str, Any]) -> Enum:
         kind = self.trusted.get(value) or find_enum(value)
         if not isinstance(kind, type) or not issubclass(kind, Enum):
-            raise self.unknown_names()
+            raise self.unknown(value)
         wanted = self.decode(told["value"])
         for member in kind:
             if type(member.value) is type(wanted) and member.value == wanted:
@@ -214,17 +195,18 @@ class Reader:
         if value in self.trusted:
             return self.trusted[value]
         if value not in FUNCTIONS:
-            raise self.unknown_names()
+            raise self.unknown(value)
         self.kinds = frozenset([FunctionType])
         return FUNCTIONS[value]
 
     def make_partial(self, value: list[Any], _: Any) -> partial[Any]:
-        function, arguments, keywords = map(self.decode, value)
-        of_function, *of_the_rest = (self.refer(part).kinds for part in value)
-        ours = of_function == {FunctionType}
+        function = self.decode(value[0])
+        ours = self.kinds == {FunctionType}
         if not ours and not any(function is own for own in self.trusted.values()):
             raise LoadError("The file has a partial of what is no function.")
-        if any(of_the_rest) or type(arguments) is not tuple:
+        self.kinds = NOTHING
+        arguments, keywords = self.decode(value[1]), self.decode(value[2])
+        if self.kinds or type(arguments) is not tuple:
             raise LoadError("The file has a partial with arguments that are no data.")
         self.kinds = frozenset([partial]) if ours else NOTHING
         return partial(function, *arguments, **keywords)
@@ -242,17 +224,18 @@ class Reader:
     def make_instance(self, value: str, told: dict[str, Any]) -> Any:
         """Make an instance from its attributes; its class is not called."""
         schema = self.find_schema(value)
+        parts = PARTS if issubclass(schema.kind, nn.Module) else ()
         attributes = {}
         for name, reference in told["attributes"]:
             if not schema.allows(name) or name in attributes:
                 raise LoadError(f"{value} in the file has an attribute {name!r}.")
+            self.kinds = NOTHING
             attributes[name] = self.decode(reference)
-            kinds = self.refer(reference).kinds if isinstance(reference, list) else ()
-            if name not in PARTS and not schema.may_hold(name, kinds):
+            if self.kinds and name not in parts and not schema.holds(name, self.kinds):
                 raise LoadError(f"{value} in the file holds no data as {name!r}.")
         instance = schema.kind.__new__(schema.kind)
         if isinstance(instance, nn.Module):
-            fill_module(instance, attributes)
+            fill_module(instance, schema, attributes)
         elif isinstance(instance, BaseEstimator):
             attributes = schema.defaults | self.without_paths(attributes)
             if value.startswith("sklearn."):
@@ -279,21 +262,16 @@ class Reader:
             return Schema(self.trusted[name], None)
         schema = find_schema(name)
         if schema is None:
-            raise self.unknown_names()
+            raise self.unknown(name)
         return schema
 
-    def unknown_names(self) -> LoadError:
-        """Say which names in the file are not known here, and what to do."""
-        named = {
-            kind: {d[kind] for d in self.objects if isinstance(d.get(kind), str)}
-            for kind in ("class", "named", "enum")
-        }
-        unknown = sorted(
-            {name for name in named["class"] if find_schema(name) is None}
-            | (named["named"] - set(FUNCTIONS))
-            | {name for name in named["enum"] if find_enum(name) is None}
-        )
-        unknown = [name for name in unknown if name not in self.trusted]
+    def unknown(self, name: str) -> LoadError:
+        """Say which names in the file are not known here, this one and others."""
+        named = [(d.get("class"), d.get("named")) for d in self.objects]
+        names = {name}
+        names |= {kind for kind, _ in named if kind and find_schema(kind) is None}
+        names |= {found for _, found in named if found and found not in FUNCTIONS}
+        unknown = sorted(names - self.trusted.keys() | {name})
         short = ", ".join(name.rpartition(":")[2] for name in unknown)
         return LoadError(
             f"The file names {', '.join(unknown)}, which is not trusted. If you know "
@@ -302,7 +280,7 @@ class Reader:
 
 
 def is_key(value: Any) -> bool:
-    """Tell whether files may hold a value in sets and as a key: it hashes in no time."""
+    """Tell whether a value may be a key, or in a set: it hashes in no time."""
     # of larger integers, thousands may share one hash
     small = type(value) is not int or abs(value) < 2**63
     return isinstance(value, SCALARS) and small
@@ -315,29 +293,25 @@ def at(items: list[Any], place: Any) -> Any:
     return items[place]
 
 
-def fill_module(module: nn.Module, attributes: dict[str, Any]) -> None:
+def fill_module(module: nn.Module, schema: Schema, attributes: dict[str, Any]) -> None:
     """Fill a new module with its layers and tensors, which leave `attributes`."""
     nn.Module.__init__(module)
     for part, kind in PARTS.items():
-        for name, value in attributes.pop(part, {}).items():
-            if not is_child_name(module, name) or not isinstance(value, kind | None):
+        for name, value in dict.items(attributes.pop(part, {})):
+            allowed = name not in vars(module) and schema.allows_child(name)
+            if not allowed or not isinstance(value, kind):
                 raise LoadError(f"The file has a layer whose {part[1:]} has {name!r}.")
             vars(module)[part][name] = value
     names = attributes.pop("_non_persistent_buffers_set", set())
-    module._non_persistent_buffers_set = names & set(module._buffers)
-    module.training = bool(attributes.pop("training", False))
-    for name in NOT_SET & attributes.keys() | vars(module).keys() & attributes.keys():
+    training = bool(attributes.pop("training", False))
+    # not set as attributes: each would be looked for among layers and tensors
+    vars(module)["_non_persistent_buffers_set"] = names & module._buffers.keys()
+    vars(module)["training"] = training
+    if isinstance(module, Backbone):  # how it is found again: copying calls that
+        vars(module)["_loader"] = None
+    for name in vars(module).keys() & attributes.keys():
         if attributes[name] is not None:
             raise LoadError(f"The file has a layer with {name!r}.")
-
-
-def is_child_name(module: nn.Module, name: Any) -> bool:
-    """Tell whether a layer or tensor of a module may have that name."""
-    return (
-        CHILD_NAME.fullmatch(name) is not None
-        and not name.startswith("__")
-        and not hasattr(module, name)
-    )
 
 
 MAKERS: dict[str, Callable[[Reader, Any, dict[str, Any]], Any]] = {

@@ -7,6 +7,7 @@ class, by `_saved` in the classes of this package and in the tables below for ot
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -118,6 +119,8 @@ FOREIGN: dict[str, Mapping[str, Held]] = {
 ENUMS = ("timm.layers.format:Format",)
 FUNCTIONS = {f"{f.__module__}:{f.__qualname__}": f for f in SAVED_FUNCTIONS}
 
+LONGEST = 100  # of names
+CHILD_NAME = re.compile(r"(?!__)\w[\w -]*")  # of layers and tensors
 CONSTANTS = (type(None), bool, int, float, str)
 PATHS = ("memory", "weights", "fisher")  # parameters that may name files or folders
 NO_PATHS = ("default", "download")  # what they may say besides
@@ -160,16 +163,32 @@ class Schema:
 
     def allows(self, name: str) -> bool:
         """Tell whether an attribute may have that name: it hides no method."""
-        if not name.isidentifier() or name.startswith("__"):
-            return False
-        hidden = getattr(self.kind, name, None)
-        return isinstance(hidden, CONSTANTS) or name in self.parameters
+        return len(name) < LONGEST and (
+            is_free(self.kind, name) or (name in self.parameters and name[:2] != "__")
+        )
 
-    def may_hold(self, name: str, kinds: Iterable[type]) -> bool:
+    def allows_child(self, name: str) -> bool:
+        """Tell whether a layer or tensor of a module may have that name."""
+        return len(name) < LONGEST and is_free_child(self.kind, name)
+
+    def holds(self, name: str, kinds: Iterable[type]) -> bool:
         """Tell whether an attribute may hold instances of these classes."""
         if self.held is None:
             return True
         return all(issubclass(kind, self.held.get(name, ())) for kind in kinds)
+
+
+@lru_cache(maxsize=2**14)
+def is_free(kind: type, name: str) -> bool:
+    """Tell whether a name hides nothing, and is none that Python looks for."""
+    plain = name.isidentifier() and not name.startswith("__")
+    return plain and isinstance(getattr(kind, name, None), CONSTANTS)
+
+
+@lru_cache(maxsize=2**14)
+def is_free_child(kind: type, name: str) -> bool:
+    """Tell the same of names that may be numbers, or have spaces in them."""
+    return CHILD_NAME.fullmatch(name) is not None and not hasattr(kind, name)
 
 
 @lru_cache(maxsize=1024)
