@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -82,8 +82,6 @@ class OneClassKFold(KFold):
     >>> search.fit(X, y).best_params_
     {'kernel': 'rbf'}
     """
-
-    _saved: ClassVar = {}
 
     def split(
         self, X: Any, y: ArrayLike | None = None, groups: Any = None
@@ -189,8 +187,6 @@ class PseudoAnomalyScorer:
     >>> search.fit(X[y == 3]).best_params_
     {'gamma': 0.001}
     """
-
-    _saved: ClassVar = {}
 
     kinds: Sequence[str] | None = None
     image_shape: tuple[int, ...] | None = None

@@ -232,7 +232,8 @@ class Reader:
             self.kinds = NOTHING
             attributes[name] = self.decode(reference)
             if self.kinds and name not in parts and not schema.holds(name, self.kinds):
-                raise LoadError(f"{value} in the file holds no data as {name!r}.")
+                held = ", ".join(kind.__name__ for kind in self.kinds)
+                raise LoadError(f"{value} in the file holds {held} as {name!r}.")
         instance = schema.kind.__new__(schema.kind)
         if isinstance(instance, nn.Module):
             fill_module(instance, schema, attributes)

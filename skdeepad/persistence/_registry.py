@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from sklearn.base import BaseEstimator
-from sklearn.model_selection import BaseCrossValidator
+from torch import nn
 
 # imported, so that `find_schema` finds what they hold
-from .. import detectors, features, model_selection, scorers  # noqa: F401
+from .. import detectors, features, scorers  # noqa: F401
 from ..backbones import Backbone, is_pretrained, load_backbone
 from ..backbones._structure import SAVED_FUNCTIONS
 from ..inference import weights_digest
@@ -57,15 +57,6 @@ SKLEARN: dict[str, dict[str, Held]] = {
     },
     "sklearn.preprocessing._data:PowerTransformer": {"_scaler": (BaseEstimator,)},
     "sklearn.preprocessing._function_transformer:FunctionTransformer": {},
-    # cross-validation, and what it was chosen by
-    "sklearn.model_selection._search:GridSearchCV": {
-        "estimator": (BaseEstimator,),
-        "best_estimator_": (BaseEstimator,),
-        "cv": (BaseCrossValidator,),
-        "_checked_cv_orig": (BaseCrossValidator,),
-    },
-    "sklearn.model_selection._split:KFold": {},
-    "sklearn.model_selection._split:StratifiedKFold": {},
 }
 
 # Layers, and the blocks that the networks of `list_backbones` are made of. None of them
@@ -181,8 +172,10 @@ class Schema:
 @lru_cache(maxsize=2**14)
 def is_free(kind: type, name: str) -> bool:
     """Tell whether a name hides nothing, and is none that Python looks for."""
-    plain = name.isidentifier() and not name.startswith("__")
-    return plain and isinstance(getattr(kind, name, None), CONSTANTS)
+    if not name.isidentifier() or name.startswith("__"):
+        return False
+    constant = isinstance(getattr(kind, name, None), CONSTANTS)
+    return not hasattr(kind, name) or (constant and not issubclass(kind, nn.Module))
 
 
 @lru_cache(maxsize=2**14)
