@@ -17,6 +17,7 @@ from zipfile import ZIP_STORED, ZipFile
 
 import numpy as np
 import safetensors.numpy
+import sklearn
 from sklearn.decomposition import PCA
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -122,7 +123,7 @@ class Forge:
         return self.instance(kind, func=None, kw_args=value)
 
     def file(self, root: Any) -> bytes:
-        versions = {"skdeepad": "0.1.0", "scikit-learn": "1.0"}
+        versions = {"skdeepad": "0.1.0", "scikit-learn": sklearn.__version__}
         manifest = {"format": 1, "made_with": versions}
         manifest |= {"objects": self.objects, "root": root}
         members = [("manifest.json", json.dumps(manifest))]

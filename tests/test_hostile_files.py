@@ -200,15 +200,15 @@ GADGETS = {
     "list as key": lambda f: f.holding(f.add(dict=[[f.add(list=[]), 0]])),
     "tuple in a set": lambda f: f.holding(f.add(set=[f.add(tuple=[])])),
     "large integer as key": lambda f: f.holding(f.add(dict=[[2**61 * 8, 0]])),
-    "no estimator": lambda f: f.identity(),
-    "scalar of many": lambda f: f.holding(f.add(scalar=[f.array([1.0, 2.0]), 0][1])),
+    "scalar of many": lambda f: f.holding(f.add(scalar=f.array([1.0, 2.0]) and 0)),
 }
 
 
 @pytest.mark.parametrize("gadget", GADGETS.values(), ids=GADGETS)
 def test_gadgets_are_refused(gadget):
     forge = Forge()
-    refused(forge.file(gadget(forge)))
+    # for what it is, before it is seen that the file's root is no estimator
+    refused(forge.file(gadget(forge)), "^(?!The file holds no estimator)")
 
 
 def test_what_is_like_them_and_right_is_loaded():
@@ -370,7 +370,8 @@ BOMBS = {
     "pairs in a set": lambda: nested("frozenset", 60, twice=True),
     "pairs of tuples": lambda: nested("tuple", 60, twice=True),
     "pairs of lists": lambda: nested("list", 60, twice=True),
-    "deep tuples": lambda: nested("tuple", 200_000),
+    "deep tuples": lambda: nested("tuple", 30_000),
+    "deeper tuples": lambda: nested("tuple", 200_000),
     "deep JSON": lambda: manifest_of(b"[" * 1_000_000),
     "wide JSON": lambda: manifest_of(b"[" + b"[]," * 10_000_000 + b"[]]"),
     "many objects": lambda: manifest_of(

@@ -43,7 +43,7 @@ SCALARS = (str, int, float, type(None), np.generic)
 # Far above what estimators need
 MAX_OBJECTS = 2**19
 MAX_DEPTH = 100  # of objects in objects; Python's own limit is a few hundred
-MAX_UNFOLDED = 2**22  # objects in an object, those counted often that are there often
+MAX_UNFOLDED = 2**20  # objects in an object, those counted often that are there often
 
 NOTHING: frozenset[type] = frozenset()
 PARTS = {  # of a module; there may be None in the place of each
@@ -228,12 +228,12 @@ class Reader:
         attributes = {}
         for name, reference in told["attributes"]:
             if not schema.allows(name) or name in attributes:
-                raise LoadError(f"{value} in the file has an attribute {name!r}.")
+                raise LoadError(f"{value} in the file may not have {name!r}.")
             self.kinds = NOTHING
             attributes[name] = self.decode(reference)
             if self.kinds and name not in parts and not schema.holds(name, self.kinds):
                 held = ", ".join(kind.__name__ for kind in self.kinds)
-                raise LoadError(f"{value} in the file holds {held} as {name!r}.")
+                raise LoadError(f"{value} in the file may not hold {held} as {name!r}.")
         instance = schema.kind.__new__(schema.kind)
         if isinstance(instance, nn.Module):
             fill_module(instance, schema, attributes)
@@ -301,7 +301,8 @@ def fill_module(module: nn.Module, schema: Schema, attributes: dict[str, Any]) -
         for name, value in dict.items(attributes.pop(part, {})):
             allowed = name not in vars(module) and schema.allows_child(name)
             if not allowed or not isinstance(value, kind):
-                raise LoadError(f"The file has a layer whose {part[1:]} has {name!r}.")
+                kind = type(module).__name__
+                raise LoadError(f"{kind} in the file may not have {name!r} in {part}.")
             vars(module)[part][name] = value
     names = attributes.pop("_non_persistent_buffers_set", set())
     training = bool(attributes.pop("training", False))
@@ -312,7 +313,8 @@ def fill_module(module: nn.Module, schema: Schema, attributes: dict[str, Any]) -
         vars(module)["_loader"] = None
     for name in vars(module).keys() & attributes.keys():
         if attributes[name] is not None:
-            raise LoadError(f"The file has a layer with {name!r}.")
+            kind = type(module).__name__
+            raise LoadError(f"{kind} in the file may not have {name!r}.")
 
 
 MAKERS: dict[str, Callable[[Reader, Any, dict[str, Any]], Any]] = {
