@@ -67,8 +67,8 @@ def save(estimator: Any, file: str | os.PathLike[str] | BinaryIO) -> None:
 
     Notes
     -----
-    Parameters are written as they are: `memory` and `weights` may name folders of
-    this machine.
+    `memory`, and `weights` and `fisher` that are paths, are written as None: they name
+    places on this machine. Set them again after `load` where they are wanted.
 
     Examples
     --------
@@ -116,8 +116,8 @@ def load(
         The file.
     trusted : iterable of classes and functions, default=()
         Your own classes and functions that the estimator is made with, such as a
-        network's. Others than these, this package's, and the estimators and layers
-        of scikit-learn, torch, timm and torchvision are refused.
+        network's, and those of other packages that are not on this package's list.
+        They are filled with whatever the file says.
 
     Returns
     -------
@@ -137,10 +137,18 @@ def load(
     -----
     InconsistentVersionWarning
         If the file holds estimators of another version of scikit-learn.
+    UserWarning
+        If the file names places on another machine, which are set to None.
 
     See Also
     --------
     save : Writes the file.
+
+    Notes
+    -----
+    What is promised against files that were forged, and what is not, is told in
+    ``docs/persistence.md``. A forged file can still score wrongly: sign files where it
+    matters who wrote them.
 
     Examples
     --------
@@ -158,7 +166,7 @@ def load(
         data = Path(file).read_bytes()
     try:
         return read(data, trusted)
-    except (LoadError, FileNotFoundError):
+    except (LoadError, FileNotFoundError, Warning):
         raise
     except Exception as error:  # whatever a hostile file may provoke
         raise LoadError(

@@ -15,7 +15,7 @@ from hashlib import sha256
 from io import BytesIO
 from math import prod
 from typing import Any
-from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
+from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
 import numpy as np
 import safetensors.torch
@@ -82,11 +82,7 @@ def unpack(data: bytes) -> dict[str, memoryview]:
         )
     check_directory(view[:-DIGEST_SIZE])
     members: dict[str, memoryview] = {}
-    try:
-        infos = ZipFile(BytesIO(data)).infolist()
-    except BadZipFile as error:
-        raise LoadError(f"The file is no archive that save wrote: {error}.") from error
-    for info in infos:
+    for info in ZipFile(BytesIO(data)).infolist():
         name = info.filename
         if ".." in name or name.startswith(("/", "\\")):
             raise LoadError(f"The file has a member outside: {name!r}.")
