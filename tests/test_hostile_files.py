@@ -139,6 +139,9 @@ GADGETS = {
     "long name": with_attribute(1000 * "a"),
     "forward": lambda f: f.holding(f.identity(forward=1)),
     "compiled call": lambda f: f.holding(f.identity(_compiled_call_impl=1)),
+    "modules": lambda f: f.module(
+        "torch.nn.modules.container:ModuleList", modules=f.add(list=[])
+    ),
     "hooks": lambda f: f.holding(f.identity(_forward_hooks=f.dict())),
     "twice": lambda f: f.add(
         **{"class": KNN}, attributes=[["offset_", 0.0], ["offset_", 1.0]]
@@ -446,7 +449,7 @@ members = [forgery.parts(data) for data in forgery.real_files()]
 
 @hypothesis.given(st.data())
 @hypothesis.settings(
-    max_examples=1500, deadline=None, database=None, derandomize=True,
+    max_examples=600, deadline=None, database=None, derandomize=True,
     suppress_health_check=list(hypothesis.HealthCheck),
 )
 def fuzz(data):
@@ -472,5 +475,5 @@ print(json.dumps(guard.outcomes))
     )
     assert told.returncode == 0, told.stderr
     outcomes = json.loads(told.stdout)
-    assert outcomes["scored"] > 50  # it is not all refused at the gate
-    assert outcomes["load: LoadError"] > 500
+    assert outcomes["scored"] > 30  # it is not all refused at the gate
+    assert outcomes["load: LoadError"] > 300

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn.cluster import KMeans
+from sklearn.covariance import LedoitWolf
 from sklearn.ensemble import IsolationForest
 from sklearn.exceptions import InconsistentVersionWarning
 from sklearn.pipeline import make_pipeline
@@ -31,13 +32,19 @@ from torch import nn
 import skdeepad
 from skdeepad import (
     BackboneFeatures,
+    DeepSVDD,
     GaussianScorer,
     HSCClassifier,
     KDClonerEstimator,
     KNNScorer,
+    MahalanobisFeatureScorer,
+    OpenSetClassifier,
+    PANDAEstimator,
     load,
     save,
 )
+from skdeepad.backbones import list_backbones
+from skdeepad.backbones._pretrained import EMBEDDED, TORCHVISION, make_pretrained
 from skdeepad.persistence import LoadError, _registry
 
 X = np.random.default_rng(0).normal(size=(40, 5))
@@ -481,6 +488,81 @@ def test_cuts_of_networks_come_back():
         again(features).transform(images), features.transform(images)
     )
     assert isinstance(again(features).backbone_.to_map, partial)
+
+
+NETWORKS = [
+    *(name for name in list_backbones() if name in TORCHVISION),
+    *(name for name in list_backbones() if name in EMBEDDED),
+    *("timm/resnet50", "timm/convnext_tiny", "timm/vit_tiny_patch16_224"),
+    *("timm/mobilenetv3_small_050", "timm/tf_efficientnet_b0"),
+]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_all_layers_of_named_networks_are_known(name):
+    with torch.device("meta"):  # without weights, which may be large
+        network = make_pretrained(name, None)
+    for module in network.modules():
+        schema = _registry.find_schema(_registry.name_of(type(module)))
+        assert schema.kind is type(module)
+        attributes = vars(module).keys() - vars(nn.Module()).keys()
+        assert all(map(schema.allows, attributes))
+        for children in (module._modules, module._parameters, module._buffers):
+            assert all(map(schema.allows_child, children))
+
+
+IMAGES = np.random.default_rng(0).random((24, 28, 28), dtype=np.float32)
+SMALL = {"backbone": "mnist_lenet", "max_steps": 2, "random_state": 0}
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        PANDAEstimator(**SMALL, adaptation="outlier_exposure", scorer=KNNScorer()),
+        DeepSVDD(**SMALL, contrast_normalization=True, pretrain_steps=2),
+        HSCClassifier(**SMALL),
+        OpenSetClassifier(**SMALL, head="cosine", n_members=2),
+        KDClonerEstimator(**SMALL, discrepancy="mahalanobis"),
+        MahalanobisFeatureScorer("mnist_lenet", covariance=LedoitWolf(), joint=False),
+        BackboneFeatures("mnist_lenet", random_state=np.random.RandomState(0)),
+    ],
+    ids=lambda estimator: type(estimator).__name__,
+)
+@pytest.mark.filterwarnings("ignore")  # two steps are few
+def test_all_that_is_fitted_comes_back(estimator):
+    fitted = estimator.fit(IMAGES, np.repeat([1, -1], [18, 6]))
+    method = "score_samples" if hasattr(fitted, "score_samples") else "transform"
+    loaded = again(fitted)
+    new = IMAGES[:, ::-1]
+    np.testing.assert_array_equal(
+        getattr(loaded, method)(new), getattr(fitted, method)(new)
+    )
+    assert vars(loaded).keys() == vars(fitted).keys()
+
+
+def test_parameters_that_are_new_have_their_defaults():
+    """A file of an earlier version may lack them."""
+    data = edit(FILE)
+    members = parts(data)
+    manifest = json.loads(members["manifest.json"])
+    scorer = next(d for d in manifest["objects"] if "GaussianScorer" in str(d))
+    scorer["attributes"] = [a for a in scorer["attributes"] if a[0] != "contamination"]
+    data = edit(FILE, objects=manifest["objects"])
+    assert load(BytesIO(data))[-1].contamination == GaussianScorer().contamination
+
+
+def test_all_classes_that_are_missing_are_named():
+    module = nn.Sequential(OrderedDict(twice=Doubling(), out=nn.Softmax(dim=1)))
+    data = BytesIO(saved(BackboneFeatures(module).fit(X)))
+    with pytest.raises(LoadError, match=r"trusted=\[Doubling, Softmax\]"):
+        load(data)
+    loaded = load(data, trusted=[Doubling, nn.Softmax])
+    assert loaded.transform(X).shape == (40, 5)
+
+
+@pytest.mark.parametrize("name", _registry.FOREIGN)
+def test_listed_classes_are_there(name):
+    assert _registry.find_schema(name)
 
 
 # versions

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib import import_module
-from inspect import Parameter, signature
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,7 @@ MODULES = {
     "timm.layers.classifier": "ClassifierHead NormMlpClassifierHead",
     "timm.layers.conv2d_same": "Conv2dSame",
     "timm.layers.drop": "DropPath",
+    "timm.layers.layer_scale": "LayerScale",
     "timm.layers.linear": "Linear",
     "timm.layers.mlp": "Mlp",
     "timm.layers.norm": "LayerNorm LayerNorm2d",
@@ -92,7 +93,7 @@ MODULES = {
     "timm.models.convnext": "ConvNeXtBlock ConvNeXtStage Downsample",
     "timm.models.mobilenetv3": "MobileNetV3",
     "timm.models.resnet": "BasicBlock Bottleneck",
-    "timm.models.vision_transformer": "Block LayerScale VisionTransformer",
+    "timm.models.vision_transformer": "Block VisionTransformer",
     "torchvision.models.convnext": "CNBlock LayerNorm2d",
     "torchvision.models.efficientnet": "FusedMBConv MBConv",
     "torchvision.models.resnet": "BasicBlock Bottleneck",
@@ -140,15 +141,15 @@ class Schema:
 
     @cached_property
     def parameters(self) -> dict[str, Any]:
-        """The parameters that instances are made with, and their defaults."""
+        """The parameters of an estimator, and their defaults."""
+        if not issubclass(self.kind, BaseEstimator):
+            return {}
         told = signature(self.kind.__init__).parameters.values()
-        return {p.name: p.default for p in told if p.kind is not Parameter.VAR_KEYWORD}
+        return {p.name: p.default for p in told}
 
     @cached_property
     def defaults(self) -> dict[str, Any]:
         """The parameters that an estimator of an earlier version may lack."""
-        if not issubclass(self.kind, BaseEstimator):
-            return {}
         found = self.parameters.items()
         return {name: value for name, value in found if isinstance(value, CONSTANTS)}
 
@@ -174,8 +175,9 @@ def is_free(kind: type, name: str) -> bool:
     """Tell whether a name hides nothing, and is none that Python looks for."""
     if not name.isidentifier() or name.startswith("__"):
         return False
-    constant = isinstance(getattr(kind, name, None), CONSTANTS)
-    return not hasattr(kind, name) or (constant and not issubclass(kind, nn.Module))
+    if issubclass(kind, nn.Module) and hasattr(nn.Module, name):
+        return False
+    return isinstance(getattr(kind, name, None), CONSTANTS)
 
 
 @lru_cache(maxsize=2**14)
