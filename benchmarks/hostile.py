@@ -77,7 +77,7 @@ def main() -> None:
     undocumented = {
         what: count
         for what, count in outcomes.items()
-        if what.startswith("load") and what not in ("load: LoadError",)
+        if what.startswith("load") and what != "load: LoadError"
     }
     result = {
         "files": tried,
