@@ -18,9 +18,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from _common import environment, write_json
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-RESULTS = Path(__file__).parent / "results" / "hostile-load.json"
 CHUNK = 2000  # files that a process tries
 
 
@@ -50,12 +51,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--files", type=int, default=100_000)
     parser.add_argument("--minutes", type=float, default=60.0, help="at most")
-    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--first", type=int, help="of a process's own files")
     given = parser.parse_args()
     if given.first is not None:
         try_files(given.first, given.files)
         return
+    about = environment()
     start = time.perf_counter()
     outcomes: Counter[str] = Counter()
     seen: list[str] = []
@@ -89,8 +90,8 @@ def main() -> None:
         "outcomes": dict(outcomes.most_common()),
         "seconds": round(time.perf_counter() - start),
     }
-    given.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
+    write_json("hostile-load", {"environment": about, **result})
 
 
 if __name__ == "__main__":
