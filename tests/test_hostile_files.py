@@ -292,6 +292,12 @@ def test_values_that_fit_are_loaded(fit):
     load(BytesIO(forge.file(fit(forge))))
 
 
+def test_processes_are_as_many_as_there_are_processors():
+    forge = Forge()
+    loaded = load(BytesIO(forge.file(neighbors(forge, n_jobs=10**9))))
+    assert loaded.n_jobs == os.cpu_count()
+
+
 # what would cost more than the file
 
 
@@ -338,6 +344,13 @@ def shaped(items, shape):
     return forge.file(forge.holding(forge.add(objects=items, shape=shape)))
 
 
+def lists_in_array(n, length):
+    forge = Forge()
+    inner = forge.add(list=length * [0])
+    array = forge.add(objects=n * [inner], shape=[n])
+    return forge.file(forge.holding(forge.add(dict=[[array, 0]])))
+
+
 def array_header(shape, dtype="<f8"):
     members = parts(real_files()[1])
     head = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}\n"
@@ -366,6 +379,7 @@ BOMBS = {
     "shape of objects": lambda: shaped([None], [400_000_000]),
     "shape without end": lambda: shaped([None], [2**62, 2**62]),
     "negative shape": lambda: shaped([None], [-1]),
+    "lists in an array": lambda: lists_in_array(1000, 100_000),
     "array of nothing": lambda: array_header("(999999999999,)", "<U0"),
     "array of more than there is": lambda: array_header("(999999999999,)"),
     "array of structures": lambda: array_header("(1,)", "<f8', 'x': '"),

@@ -132,6 +132,9 @@ def test_more_values_come_back():
     names = np.array([["a", None], [("b", 1), 2.5]], dtype=object)
     tensor = torch.arange(6.0).view(2, 3).T.bfloat16()
     parameter = nn.Parameter(torch.ones(2), requires_grad=False)
+    pairs = np.empty(2, dtype=object)
+    pairs[0], pairs[1] = ("a", 1), ("b", 2)
+    assert again(holding(pairs)).kw_args.tolist() == pairs.tolist()
     given_ = rng, names, tensor, parameter, torch.Size([1, 2]), {1, "a"}
     back = again(holding(given_)).kw_args
     assert [type(value) for value in back] == [type(value) for value in given_]

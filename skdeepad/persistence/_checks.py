@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import numpy as np
+from sklearn.base import BaseEstimator
 from sklearn.cluster import KMeans
 from sklearn.covariance import EmpiricalCovariance
 from sklearn.neighbors import NearestNeighbors
@@ -39,6 +40,13 @@ def is_matrix(value: Any, *shape: int) -> bool:
         and value.dtype in (np.float64, np.float32)
         and value.shape == shape
     )
+
+
+def check_jobs(found: Any) -> bool:
+    """Take no more processes than this machine has processors."""
+    if getattr(found, "n_jobs", None) is not None:
+        found.n_jobs = min(found.n_jobs, os.cpu_count() or 1)
+    return True
 
 
 def check_neighbors(found: NearestNeighbors) -> bool:
@@ -103,6 +111,7 @@ def expected_shapes(module: Any) -> dict[str, tuple[int, ...]]:
 
 
 TESTS = {
+    BaseEstimator: check_jobs,
     NearestNeighbors: check_neighbors,
     KMeans: check_kmeans,
     EmpiricalCovariance: check_covariance,

@@ -38,7 +38,7 @@ TORCH_DTYPES = {
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 }
 FLOATS = ("nan", "inf", "-inf")  # which JSON has not
-SCALARS = (str, int, float, type(None), np.generic)
+SCALARS = (str, int, float, type(None), np.integer, np.floating, np.bool_)
 
 # Far above what estimators need
 MAX_OBJECTS = 2**19
@@ -142,7 +142,8 @@ class Reader:
         if prod(told["shape"]) != len(items):
             raise LoadError("The file has an array that is not of the shape it says.")
         array = np.empty(len(items), dtype=object)
-        array[:] = items
+        for i, item in enumerate(items):  # all at once, NumPy would unpack lists
+            array[i] = item
         return array.reshape(told["shape"])
 
     def make_tensor(self, value: str, told: dict[str, Any]) -> Tensor:
