@@ -261,7 +261,7 @@ def random_state(f, position=0, n=624):
 UNFIT = [
     lambda f: neighbors(f, _fit_X=np.ones((3, 2))),
     lambda f: neighbors(f, n_samples_fit_=10**6),
-    lambda f: neighbors(f, _fit_X=np.ones((3, 4), "i8")),
+    lambda f: neighbors(f, _fit_X=np.full((3, 4), "a")),
     lambda f: neighbors(f, _fit_method="kd_tree"),
     lambda f: neighbors(f, effective_metric_="mahalanobis"),
     lambda f: clusters(f, cluster_centers_=np.ones((2, 1))),

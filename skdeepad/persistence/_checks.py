@@ -34,12 +34,9 @@ def check(instance: Any) -> None:
 
 
 def is_matrix(value: Any, *shape: int) -> bool:
-    """Tell whether a value is floats of this shape."""
-    return (
-        type(value) is np.ndarray
-        and value.dtype in (np.float64, np.float32)
-        and value.shape == shape
-    )
+    """Tell whether a value is numbers of this shape."""
+    numbers = type(value) is np.ndarray and value.dtype.kind in "iuf"
+    return numbers and value.shape == shape
 
 
 def check_jobs(found: Any) -> bool:
