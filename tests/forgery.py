@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from hashlib import sha256
+from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -290,6 +291,7 @@ class Guard:
         self.watching = False
         for name in FOREIGN:  # imports compile, too
             find_schema(name)
+        import_module("torch._subclasses.schema_check_mode")  # torch does so late
         for data in real_files():
             if self.run(data) != "scored":
                 raise RuntimeError("A file that is right could not be scored with.")
