@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Callable
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -164,11 +164,11 @@ def threshold_below(scores: NDArray[np.float64], share: float) -> float:
     """
     ordered = np.sort(scores)
     sizes = np.maximum(np.abs(ordered), np.median(np.abs(ordered)))
-    rounding = np.maximum(ROUNDING * sizes, np.finfo(np.float64).tiny)
+    rounding = np.maximum(2 * ROUNDING * sizes, np.finfo(np.float64).tiny)
     at = share * (len(ordered) + 1)
     k = min(int(at), len(ordered) - 1)  # so many fall below
     weight = at - k
-    while k and ordered[k] - ordered[k - 1] <= 2 * rounding[k]:
+    while k and ordered[k] - ordered[k - 1] <= rounding[k]:
         k, weight = k - 1, 1.0
     if k == 0:
         return float(ordered[0] - rounding[0])
@@ -202,6 +202,8 @@ class AnomalyDetector(OutlierMixin, BaseEstimator):
     _parameter_constraints: dict[str, Any] = {  # noqa: RUF012 (scikit-learn's name)
         "contamination": [Interval(Real, 0, 0.5, closed="right")],
     }
+    # what attributes hold besides plain data: see docs/architecture.md
+    _saved: ClassVar[dict[str, Any]] = {}
     contamination: float
     offset_: float
 

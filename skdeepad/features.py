@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,6 +16,7 @@ from sklearn.base import BaseEstimator, TransformerMixin, _fit_context
 from sklearn.utils import Tags, check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import _check_feature_names_in, check_is_fitted
+from torch import nn
 from tqdm.auto import tqdm
 
 from .backbones import Backbone, load_backbone
@@ -52,6 +53,7 @@ class BackboneEstimator(CallbackSupportMixin, BaseEstimator):
         "random_state": ["random_state"],
         "verbose": ["verbose"],
     }
+    _saved: ClassVar = {"backbone": nn.Module, "backbone_": Backbone}
 
     backbone: Any
     weights: Any

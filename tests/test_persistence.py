@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn.cluster import KMeans
+from sklearn.covariance import LedoitWolf
 from sklearn.ensemble import IsolationForest
 from sklearn.exceptions import InconsistentVersionWarning
 from sklearn.pipeline import make_pipeline
@@ -31,15 +32,20 @@ from torch import nn
 import skdeepad
 from skdeepad import (
     BackboneFeatures,
+    DeepSVDD,
     GaussianScorer,
     HSCClassifier,
     KDClonerEstimator,
     KNNScorer,
+    MahalanobisFeatureScorer,
+    OpenSetClassifier,
+    PANDAEstimator,
     load,
-    persistence,
     save,
 )
-from skdeepad.persistence import LoadError
+from skdeepad.backbones import list_backbones
+from skdeepad.backbones._pretrained import EMBEDDED, TORCHVISION, make_pretrained
+from skdeepad.persistence import LoadError, _registry
 
 X = np.random.default_rng(0).normal(size=(40, 5))
 
@@ -84,7 +90,7 @@ PLAIN = (
     )
     | hnp.from_dtype(np.dtype("f4"))
 )
-KEYS = st.text() | st.integers() | st.floats(allow_nan=False)
+KEYS = st.text() | st.integers(1 - 2**63, 2**63 - 1) | st.floats(allow_nan=False)
 NESTED = st.recursive(
     PLAIN,
     lambda inner: (
@@ -126,6 +132,9 @@ def test_more_values_come_back():
     names = np.array([["a", None], [("b", 1), 2.5]], dtype=object)
     tensor = torch.arange(6.0).view(2, 3).T.bfloat16()
     parameter = nn.Parameter(torch.ones(2), requires_grad=False)
+    pairs = np.empty(2, dtype=object)
+    pairs[0], pairs[1] = ("a", 1), ("b", 2)
+    assert again(holding(pairs)).kw_args.tolist() == pairs.tolist()
     given_ = rng, names, tensor, parameter, torch.Size([1, 2]), {1, "a"}
     back = again(holding(given_)).kw_args
     assert [type(value) for value in back] == [type(value) for value in given_]
@@ -164,7 +173,7 @@ def test_pretrained_weights_are_written_by_name(textures):
 
 def test_other_pretrained_weights_are_told(textures, monkeypatch):
     data = saved(BackboneFeatures(image_size=32).fit(textures.X_train))
-    monkeypatch.setattr(persistence, "weights_digest", lambda _: "others")
+    monkeypatch.setattr(_registry, "weights_digest", lambda _: "others")
     with pytest.raises(LoadError, match="'efficientnet_lite0' on this machine are not"):
         load(BytesIO(data))
 
@@ -175,7 +184,7 @@ def test_missing_pretrained_weights_are_told(textures, monkeypatch):
     def none_here(_):
         raise FileNotFoundError("The pretrained weights are not on this machine.")
 
-    monkeypatch.setattr(persistence, "load_backbone", none_here)
+    monkeypatch.setattr(_registry, "load_backbone", none_here)
     with pytest.raises(FileNotFoundError, match="not on this machine"):
         load(BytesIO(data))
 
@@ -484,6 +493,81 @@ def test_cuts_of_networks_come_back():
     assert isinstance(again(features).backbone_.to_map, partial)
 
 
+NETWORKS = [
+    *(name for name in list_backbones() if name in TORCHVISION),
+    *(name for name in list_backbones() if name in EMBEDDED),
+    *("timm/resnet50", "timm/convnext_tiny", "timm/vit_tiny_patch16_224"),
+    *("timm/mobilenetv3_small_050", "timm/tf_efficientnet_b0"),
+]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_all_layers_of_named_networks_are_known(name):
+    with torch.device("meta"):  # without weights, which may be large
+        network = make_pretrained(name, None)
+    for module in network.modules():
+        schema = _registry.find_schema(_registry.name_of(type(module)))
+        assert schema.kind is type(module)
+        attributes = vars(module).keys() - vars(nn.Module()).keys()
+        assert all(map(schema.allows, attributes))
+        for children in (module._modules, module._parameters, module._buffers):
+            assert all(map(schema.allows_child, children))
+
+
+IMAGES = np.random.default_rng(0).random((24, 28, 28), dtype=np.float32)
+SMALL = {"backbone": "mnist_lenet", "max_steps": 2, "random_state": 0}
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        PANDAEstimator(**SMALL, adaptation="outlier_exposure", scorer=KNNScorer()),
+        DeepSVDD(**SMALL, contrast_normalization=True, pretrain_steps=2),
+        HSCClassifier(**SMALL),
+        OpenSetClassifier(**SMALL, head="cosine", n_members=2),
+        KDClonerEstimator(**SMALL, discrepancy="mahalanobis"),
+        MahalanobisFeatureScorer("mnist_lenet", covariance=LedoitWolf(), joint=False),
+        BackboneFeatures("mnist_lenet", random_state=np.random.RandomState(0)),
+    ],
+    ids=lambda estimator: type(estimator).__name__,
+)
+@pytest.mark.filterwarnings("ignore")  # two steps are few
+def test_all_that_is_fitted_comes_back(estimator):
+    fitted = estimator.fit(IMAGES, np.repeat([1, -1], [18, 6]))
+    method = "score_samples" if hasattr(fitted, "score_samples") else "transform"
+    loaded = again(fitted)
+    new = IMAGES[:, ::-1]
+    np.testing.assert_array_equal(
+        getattr(loaded, method)(new), getattr(fitted, method)(new)
+    )
+    assert vars(loaded).keys() == vars(fitted).keys()
+
+
+def test_parameters_that_are_new_have_their_defaults():
+    """A file of an earlier version may lack them."""
+    data = edit(FILE)
+    members = parts(data)
+    manifest = json.loads(members["manifest.json"])
+    scorer = next(d for d in manifest["objects"] if "GaussianScorer" in str(d))
+    scorer["attributes"] = [a for a in scorer["attributes"] if a[0] != "contamination"]
+    data = edit(FILE, objects=manifest["objects"])
+    assert load(BytesIO(data))[-1].contamination == GaussianScorer().contamination
+
+
+def test_all_classes_that_are_missing_are_named():
+    module = nn.Sequential(OrderedDict(twice=Doubling(), out=nn.Softmax(dim=1)))
+    data = BytesIO(saved(BackboneFeatures(module).fit(X)))
+    with pytest.raises(LoadError, match=r"trusted=\[Doubling, Softmax\]"):
+        load(data)
+    loaded = load(data, trusted=[Doubling, nn.Softmax])
+    assert loaded.transform(X).shape == (40, 5)
+
+
+@pytest.mark.parametrize("name", _registry.FOREIGN)
+def test_listed_classes_are_there(name):
+    assert _registry.find_schema(name)
+
+
 # versions
 
 
@@ -510,7 +594,8 @@ def test_estimators_of_earlier_versions(file):
 
 
 def test_this_version_is_guarded():
-    estimators = [public.__name__ for public in PUBLIC]
+    since = {"CrossFittedDetector"}  # comes with the next release
+    estimators = sorted({public.__name__ for public in PUBLIC} - since)
     folder = FIXTURES / skdeepad.__version__
     for ending in ("pickle", "skdeepad"):
         assert sorted(file.stem for file in folder.glob(f"*.{ending}")) == estimators

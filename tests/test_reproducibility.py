@@ -25,7 +25,7 @@ def splits(scores, X):
     yield np.concatenate([scores(X[:5]), scores(X[5:])])
     yield scores(X[::-1])[::-1]
     for n_threads in (1, 2):
-        with threadpool_limits(n_threads):
+        with threadpool_limits(n_threads, user_api="blas"):
             yield scores(X)
 
 

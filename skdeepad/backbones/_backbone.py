@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Self
+from functools import partial
+from types import FunctionType
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +57,8 @@ class Backbone(nn.Module):
     >>> outputs["relu"].shape
     torch.Size([2, 8, 14, 14])
     """
+
+    _saved: ClassVar = {"to_map": (FunctionType, partial)}
 
     def __init__(
         self,
@@ -290,6 +294,8 @@ class Part(nn.Module):
     It keeps the named children of the network, and its own parameters, only where
     the step needs them, so that a weight belongs to one stage.
     """
+
+    _saved: ClassVar = {"step": FunctionType}
 
     def __init__(
         self,

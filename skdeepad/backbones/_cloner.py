@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ class Cloner(nn.Module):
     stages : sequence of str
         The stages whose blocks' outputs are given.
     """
+
+    _saved: ClassVar = {}
 
     def __init__(self, blocks: dict[str, nn.Module], stages: Iterable[str]) -> None:
         super().__init__()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from functools import partial
 from itertools import pairwise
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -91,6 +92,8 @@ class ContrastNormalization(nn.Module):
     What comes is brought to [0, 1] by the least and the greatest value that there
     were in training, as in the official code of Deep SVDD.
     """
+
+    _saved: ClassVar = {}
 
     def __init__(self) -> None:
         super().__init__()

@@ -214,3 +214,14 @@ _CUTS: dict[tuple[str, str], Callable[[Any], tuple[Any, ...]]] = {
     ("timm", "ConvNeXt"): _cut_timm_convnext,
     ("timm", "VisionTransformer"): _cut_vit,
 }
+
+# what backbones made here hold, and a file may name: see `skdeepad.persistence`
+SAVED_FUNCTIONS = (
+    _embed_patches,
+    _features,
+    _pool,
+    _pre_logits,
+    _norm_and_pool,
+    _channels_to_front,
+    _tokens_to_map,
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,8 @@ class BackboneDetector(AnomalyDetector, BackboneEstimator):
 
     A subclass defines ``_score(features)``; its `fit` ends in `_set_threshold`.
     """
+
+    _saved: ClassVar = {"_held_out": HeldOutScores}
 
     _parameter_constraints = {  # noqa: RUF012
         **BackboneEstimator._parameter_constraints,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from numbers import Integral
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -177,6 +177,12 @@ class CrossFittedDetector(MetaEstimatorMixin, AnomalyDetector):
         "estimator": [HasMethods(["fit", "score_samples"])],
         "cv": [Interval(Integral, 2, None, closed="left")],
         "random_state": ["random_state"],
+    }
+
+    _saved: ClassVar = {
+        "estimator": BaseEstimator,
+        "estimator_": BaseEstimator,
+        "_held_out": HeldOutScores,
     }
 
     def __init__(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.base import MetaEstimatorMixin, _fit_context, clone
+from sklearn.base import BaseEstimator, MetaEstimatorMixin, _fit_context, clone
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.utils import (
     Bunch,
@@ -106,6 +106,12 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
     >>> ensemble.fit(data.X_train).predict(data.X_test).shape
     (200,)
     """
+
+    _saved: ClassVar = {
+        "estimators": BaseEstimator,
+        "estimators_": BaseEstimator,
+        "_held_out": HeldOutScores,
+    }
 
     _parameter_constraints = {  # noqa: RUF012
         **AnomalyDetector._parameter_constraints,

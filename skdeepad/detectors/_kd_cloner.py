@@ -10,7 +10,7 @@ from functools import partial
 from itertools import compress, islice
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -260,6 +260,12 @@ default="discrepancy"
     >>> detector.anomaly_map(ones[:3]).shape
     (3, 8, 8)
     """
+
+    _saved: ClassVar = {
+        "cloner": nn.Module,
+        "cloner_": nn.Module,
+        "_network": SourceAndCloner,
+    }
 
     _parameter_constraints = {  # noqa: RUF012
         **BackboneDetector._parameter_constraints,

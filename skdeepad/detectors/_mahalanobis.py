@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import (
+    BaseEstimator,
     ClassNamePrefixFeaturesOutMixin,
     TransformerMixin,
     _fit_context,
@@ -139,6 +140,8 @@ estimator, default="ledoit_wolf"
     >>> bool(detector.score_samples(zeros).mean() > detector.score_samples(ones).mean())
     True
     """
+
+    _saved: ClassVar = {"covariance": BaseEstimator, "_gaussians": GaussianScorer}
 
     _parameter_constraints = {  # noqa: RUF012
         **BackboneDetector._parameter_constraints,

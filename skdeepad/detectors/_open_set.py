@@ -7,14 +7,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from joblib import Parallel, delayed
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import softmax
-from sklearn.base import ClassifierMixin, _fit_context, clone
+from sklearn.base import BaseEstimator, ClassifierMixin, _fit_context, clone
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
@@ -42,6 +42,8 @@ class Deconfidence(nn.Module):
         h: ``w_i z + b_i``; the cosine of z and w_i; ``-mean_j (z_j - w_ij)^2``.
     n_features, n_classes : int
     """
+
+    _saved: ClassVar = {}
 
     def __init__(self, kind: str, n_features: int, n_classes: int) -> None:
         super().__init__()
@@ -270,6 +272,8 @@ default="max_logit"
     >>> bool(scores[known].mean() > scores[~known].mean())
     True
     """
+
+    _saved: ClassVar = {"estimators_": BaseEstimator}
 
     _parameter_constraints = {  # noqa: RUF012
         **FineTunedDetector._parameter_constraints,

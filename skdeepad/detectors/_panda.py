@@ -10,12 +10,13 @@ from dataclasses import replace
 from itertools import islice
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import (
+    BaseEstimator,
     ClassNamePrefixFeaturesOutMixin,
     TransformerMixin,
     _fit_context,
@@ -27,7 +28,7 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..backbones._backbone import Adapted
+from ..backbones._backbone import Adapted, Versions
 from ..backbones._pretrained import read_tensors
 from ..base import (
     check_groups,
@@ -351,6 +352,13 @@ None, default="ewc"
     >>> bool(detector.score_samples(zeros).mean() > detector.score_samples(ones).mean())
     True
     """
+
+    _saved: ClassVar = {
+        "scorer": BaseEstimator,
+        "scorers_": BaseEstimator,
+        "_versions": (Adapted, Versions),
+        "_logit": nn.Linear,
+    }
 
     _parameter_constraints = {  # noqa: RUF012
         **BackboneDetector._parameter_constraints,

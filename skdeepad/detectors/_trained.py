@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import islice
 from math import prod
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -127,6 +127,8 @@ class TrainedDetector(BackboneDetector):
     A subclass defines `fit`, which calls `_cut`, `_pass_once` and `_train`, and
     ``_score(outputs)``.
     """
+
+    _saved: ClassVar = {"_network": TrainedEnd}
 
     _parameter_constraints = {  # noqa: RUF012
         **BackboneDetector._parameter_constraints,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from hashlib import blake2b
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -43,6 +43,8 @@ class HeldOutScores:
     again gives its leave-one-out score instead: training and new rows are on one
     scale, and `contamination` means the same on both.
     """
+
+    _saved: ClassVar = {}
 
     def __init__(
         self, digests: NDArray[np.uint64], scores: NDArray[np.float64]
@@ -179,6 +181,8 @@ class Scorer(AnomalyDetector):
     A subclass defines ``_learn(X, digests)``, ``_score(X)`` and, where it has them
     in closed form, ``_leave_one_out(X, digests)``.
     """
+
+    _saved: ClassVar = {"_held_out": HeldOutScores}
 
     def _learn(self, X: NDArray[Any], digests: NDArray[np.uint64]) -> None:
         raise NotImplementedError

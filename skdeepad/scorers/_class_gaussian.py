@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.base import _fit_context
+from sklearn.base import BaseEstimator, _fit_context
 from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.validation import _num_samples
 
@@ -89,6 +89,12 @@ class ClassGaussianScorer(Scorer):
     >>> scorer.predict([[9.0, 9.0], [4.5, 4.5]])
     array([ 1, -1])
     """
+
+    _saved: ClassVar = {
+        "covariance": BaseEstimator,
+        "_within": GaussianScorer,
+        "_overall": GaussianScorer,
+    }
 
     _parameter_constraints = {  # noqa: RUF012
         **Scorer._parameter_constraints,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import (
+    BaseEstimator,
     ClassNamePrefixFeaturesOutMixin,
     TransformerMixin,
     _fit_context,
@@ -39,6 +40,8 @@ class Moments:
     Taken about the mean of the first rows, so that nothing cancels; in float64.
     Rows may come in any number of parts, and the sums come out the same.
     """
+
+    _saved: ClassVar = {}
 
     def __init__(self, X: NDArray[Any]) -> None:
         self.origin = X.mean(axis=0, dtype=np.float64)
@@ -141,6 +144,8 @@ class RowSample:
     Every distinct row is as likely to be kept as any other, whatever the order in
     which rows come and in how many parts.
     """
+
+    _saved: ClassVar = {}
 
     def __init__(self, X: NDArray[Any]) -> None:
         self.rows = X[:0]
@@ -260,6 +265,8 @@ estimator, default="ledoit_wolf"
     >>> scorer.score_samples([[3.0, 0.0], [0.0, 3.0]]).round(1)
     array([-3.1, -0.3])
     """
+
+    _saved: ClassVar = {"covariance": BaseEstimator, "_stream": (Moments, RowSample)}
 
     _parameter_constraints = {  # noqa: RUF012
         **Scorer._parameter_constraints,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from numbers import Integral
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.neighbors import NearestNeighbors
 from sklearn.utils._param_validation import Interval, StrOptions
 
 from ._base import (
@@ -81,6 +82,8 @@ default="sqeuclidean"
     array([-9.])
     """
 
+    _saved: ClassVar = {"_gaussian": GaussianScorer, "_neighbors": NearestNeighbors}
+
     _parameter_constraints = {  # noqa: RUF012
         **Scorer._parameter_constraints,
         "n_neighbors": [Interval(Integral, 1, None, closed="left")],
@@ -109,6 +112,7 @@ default="sqeuclidean"
         if self.metric == "mahalanobis":
             self._gaussian = GaussianScorer()
             self._gaussian._learn(X, digests)
+            del self._gaussian._stream  # nothing is added later
         _, first, self._copies = np.unique(
             digests, return_index=True, return_counts=True
         )
@@ -122,7 +126,18 @@ default="sqeuclidean"
             return self._gaussian._whiten(X)
         return to_metric(X, self.metric)
 
+    def _read_0_1_0(self) -> None:
+        """Take over what a file of 0.1.0 holds."""
+        self._gaussian = None
+        self._rows = self.__dict__.pop("_neighbors")._fit_X
+        self._copies = np.ones(len(self._rows), dtype=np.intp)
+        self._scale = 1.0
+        if self.metric == "cosine":
+            self._origin = np.zeros(self._rows.shape[1])
+
     def _score(self, X: NDArray[Any]) -> NDArray[np.float64]:
+        if hasattr(self, "_neighbors"):
+            self._read_0_1_0()
         queries = centred(self._to_space(X), self._origin, self._scale)
         return self._search(queries, self._rows, self._scale)
 
