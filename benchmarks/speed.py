@@ -21,6 +21,8 @@ kd_cloner  scores and maps, as time over a bare pass of each of its two networks
 hsc     an epoch of a LeNet under HSC, as time over that of a bare loop in PyTorch
 representation  compare_representations on 1,000 images and three backbones, as time
         over that of a pass of each, and of its student's training and gradients
+knn     KNNScorer's fit and scores on 20,000 rows, as time over that of a flat index
+        of faiss (needs faiss-cpu)
 memory  peak memory of score_samples on few files and on many (Linux only)
 """
 
@@ -475,6 +477,42 @@ def both_forwards(
     return forward
 
 
+def measure_knn(repeats: int) -> list[dict[str, Any]]:
+    """Search 20,000 rows of 1,280 numbers for each other and for 2,000 new ones."""
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    rng, rows = np.random.default_rng(0), []
+    mixing = rng.normal(size=(200, 1280))  # features are of fewer dimensions
+    X, new = (
+        (rng.normal(size=(n, 200)) @ mixing).astype(np.float32) for n in (20_000, 2_000)
+    )
+
+    def flat_index(queries: NDArray[np.float32], k: int) -> None:
+        index = faiss.IndexFlatL2(X.shape[1])
+        index.add(X)
+        index.search(queries, k)
+
+    for scorer in (KNNScorer(), KNNScorer(metric="mahalanobis")):
+        fitted = scorer.fit(X)
+        for what, ours, k, queries in (
+            ("fit", partial(scorer.fit, X), 3, X),  # the row itself, and two others
+            ("score_samples", partial(fitted.score_samples, new), 2, new),
+        ):
+            runs = {"faiss": partial(flat_index, queries, k), "ours": ours}
+            seconds = take_turns(runs, repeats)
+            rows.append(
+                {
+                    "what": f"{scorer}, {what}, over faiss's flat index",
+                    "seconds": round(min(seconds["ours"]), 2),
+                    "faiss_seconds": round(min(seconds["faiss"]), 2),
+                    **ratios(seconds["ours"], seconds["faiss"]),
+                }
+            )
+            print_row(rows[-1], f"{rows[-1]['seconds']:.2f} s")
+    return rows
+
+
 def measure_memory(repeats: int) -> list[dict[str, Any]]:
     rows = []
     with TemporaryDirectory() as folder:
@@ -585,6 +623,7 @@ PARTS = {
     "kd_cloner": measure_kd_cloner,
     "hsc": measure_hsc,
     "representation": measure_representation,
+    "knn": measure_knn,
     "memory": measure_memory,
 }
 
