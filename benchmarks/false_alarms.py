@@ -41,7 +41,7 @@ N_NEW = 300
 N_OUTLIERS = 32  # known anomalies, for detectors that learn from them
 SMALL = {"image_size": 32, "pretrain_steps": 50, "max_steps": 100}
 AUGMENTED = {
-    "hsc": {"augmentation": "paper"},
+    "hsc": {"augmentation": "paper", "max_steps": 20},
     "deep_svdd": {"augmentation": "paper"},
     "deep_sad": {"augmentation": "paper"},
     "kd_cloner": {"rotation": 10, "scaling": (0.9, 1.1)},

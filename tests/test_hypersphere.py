@@ -547,7 +547,7 @@ def test_batchnorm_learns_with_the_objective(make, digits):
 
 def test_the_soft_boundary_leaves_nu_outside():
     """One mini-batch holds all 80 that are trained on; the rate lets them lie."""
-    X = np.random.default_rng(0).normal(size=(100, 3))
+    X = np.random.default_rng(0).normal(size=(120, 3))
     options = {"nu": 0.2, "warm_up_steps": 1, "pretrain_steps": 0, "max_steps": 2}
     net = nn.Linear(3, 2, bias=False)
     detector = DeepSVDD(
@@ -555,8 +555,8 @@ def test_the_soft_boundary_leaves_nu_outside():
     ).fit(X)
     z = X @ trained_weight(detector).T
     distances = np.linalg.norm(z - detector.center_, axis=1)
-    # 16 of the 80, and some of the 20 others
-    assert 16 <= np.sum(distances > detector.radius_) <= 36
+    # 16 of the 80, and some of the 40 others
+    assert 16 <= np.sum(distances > detector.radius_) <= 56
 
 
 def test_a_mini_batch_of_one_is_the_same_without_the_cache(digits):

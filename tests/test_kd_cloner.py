@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from skdeepad import KDClonerEstimator
 from skdeepad.backbones import Backbone, load_backbone
 from skdeepad.backbones._cloner import make_cloner
-from skdeepad.detectors._base import as_unseen
+from skdeepad.detectors._base import as_unseen, by_rank_as_unseen
 from skdeepad.detectors._kd_cloner import Augmentation, has_converged
 from skdeepad.detectors._source_and_cloner import (
     SourceAndCloner,
@@ -223,8 +223,10 @@ def test_scores_of_training_images_are_brought_to_the_level_of_unseen_ones():
     distances, unseen = np.array([-1.0, -3.0]), np.array([-4.0, -8.0])
     assert_allclose(as_unseen(distances, unseen), [-3, -9])  # stretched
     assert_allclose(as_unseen(-distances, unseen), [-7, -5])  # shifted
-    both = as_unseen(distances, unseen, spread=True)
-    assert_allclose(both, [-4, -8])
+    # of three that are trained on, the middle one is as the median of the unseen
+    assert_allclose(
+        by_rank_as_unseen(np.array([-2.0, -1.0, -3.0]), unseen), [-6, -4, -10]
+    )
 
 
 # the cloner

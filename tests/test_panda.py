@@ -174,7 +174,7 @@ def test_two_steps_of_adaptation_by_hand(normalize):
         weight_decay=decay,
         clip_norm=None,
     ).fit(X)
-    held_out = np.random.RandomState(0).permutation(120)[:20]
+    held_out = np.random.RandomState(0).permutation(120)[:40]
     rows = np.setdiff1d(np.arange(120), held_out)
     state = {
         k: v.numpy().astype(float) for k, v in linear_network().state_dict().items()
@@ -254,7 +254,7 @@ def test_the_stiffest_spring_takes_a_step_back():
 def test_ses_scores_by_the_largest_of_normalized_distances():
     estimator = make("ses", n_checkpoints=4, normalize=False).fit(X)
     assert estimator.checkpoints_ == (5, 10, 15, 20)
-    held_out = np.random.RandomState(0).permutation(120)[:20]
+    held_out = np.random.RandomState(0).permutation(120)[:40]
     rest = np.setdiff1d(np.arange(120), held_out)
 
     def knn(gallery, rows):
@@ -278,7 +278,7 @@ def test_the_initial_features_count_as_much_as_the_adapted_ones():
     initial, adapted = make(None).fit(X), make().fit(X)
     assert_array_equal(both.transform(NEW)[:, :4], initial.transform(NEW))
     assert_array_equal(both.transform(NEW)[:, 4:], adapted.transform(NEW))
-    held_out = np.random.RandomState(0).permutation(120)[:20]
+    held_out = np.random.RandomState(0).permutation(120)[:40]
     rest = np.setdiff1d(np.arange(120), held_out)
     ratios = []
     for old, new in zip(
@@ -550,15 +550,15 @@ def test_a_diverging_loss_is_told_and_survived():
 
 
 def test_a_budget_beyond_the_data_is_told():
-    with pytest.warns(ConvergenceWarning, match="set max_steps to 156 or less"):
-        make(max_steps=157, learning_rate=1e-3).fit(X)
+    with pytest.warns(ConvergenceWarning, match="set max_steps to 125 or less"):
+        make(max_steps=126, learning_rate=1e-3).fit(X)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        make(max_steps=156, learning_rate=1e-3).fit(X)
+        make(max_steps=125, learning_rate=1e-3).fit(X)
 
 
 def test_collapse_is_told():
-    collapsing = {"normalize": False, "learning_rate": 0.3, "max_steps": 156}
+    collapsing = {"normalize": False, "learning_rate": 0.3, "max_steps": 125}
     with pytest.warns(ConvergenceWarning, match=r"collapsed.*Lower max_steps"):
         make("early_stopping", **collapsing).fit(X)
     with warnings.catch_warnings():
