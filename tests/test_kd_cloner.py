@@ -223,10 +223,9 @@ def test_scores_of_training_images_are_brought_to_the_level_of_unseen_ones():
     distances, unseen = np.array([-1.0, -3.0]), np.array([-4.0, -8.0])
     assert_allclose(as_unseen(distances, unseen), [-3, -9])  # stretched
     assert_allclose(as_unseen(-distances, unseen), [-7, -5])  # shifted
-    # of three that are trained on, the middle one is as the median of the unseen
-    assert_allclose(
-        by_rank_as_unseen(np.array([-2.0, -1.0, -3.0]), unseen), [-6, -4, -10]
-    )
+    # ranks of 1/2, 3/4 and 1/4 between -12, -8, -4 and -4 at 0, 1/3, 2/3 and 1
+    by_rank = by_rank_as_unseen(np.array([-2.0, -1.0, -3.0]), unseen)
+    assert_allclose(by_rank, [-6, -4, -9])
 
 
 # the cloner
