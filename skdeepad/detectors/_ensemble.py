@@ -300,12 +300,12 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
 
     def _combine(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
         """Average the members' scores on one scale."""
+        # no products of matrices, which round by how many rows there are
         known = self.training_scores_
         if self.scale == "log":
             medians = -np.median(known, axis=0)
             medians[medians == 0] = 1.0  # most training samples are the same
             logarithms = np.log(np.maximum(-scores / medians, MIN_RATIO))
-            # not a product of matrices, which rounds by how many rows there are
             return -(logarithms * self._shares).sum(axis=1)
         below = [
             np.searchsorted(known[:, i], scores[:, i], side=side)
@@ -313,7 +313,8 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
             for i in range(scores.shape[1])
         ]
         ranks = np.reshape(below, (2, -1, len(scores))).mean(axis=0) / len(known)
-        return np.where(np.isnan(scores).any(axis=1), np.nan, self._shares @ ranks)
+        mean = (self._shares[:, None] * ranks).sum(axis=0)
+        return np.where(np.isnan(scores).any(axis=1), np.nan, mean)
 
     def score_samples(self, X: Any) -> NDArray[np.float64]:
         """Score samples; the higher, the more normal.
