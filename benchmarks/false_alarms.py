@@ -39,7 +39,7 @@ from skdeepad.datasets import make_texture_defects
 TEXTURES = "brick", "gravel", "grass"
 N_NEW = 300
 N_OUTLIERS = 32  # known anomalies, for detectors that learn from them
-SMALL = {"image_size": 32, "pretrain_steps": 50, "max_steps": 100}
+SMALL = {"image_size": 32, "pretrain_steps": 10, "max_steps": 30}
 AUGMENTED = {
     "hsc": {"augmentation": "paper", "max_steps": 20},
     "deep_svdd": {"augmentation": "paper"},
@@ -66,9 +66,9 @@ def detectors() -> dict[str, Any]:
         "panda_whitened": PANDAEstimator(
             image_size=64, scorer=KNNScorer(metric="mahalanobis")
         ),
-        "kd_cloner": KDClonerEstimator(image_size=64, max_steps=100),
+        "kd_cloner": KDClonerEstimator(image_size=64, max_steps=50),
         "kd_cloner_mahalanobis": KDClonerEstimator(
-            image_size=64, max_steps=100, discrepancy="mahalanobis"
+            image_size=64, max_steps=50, discrepancy="mahalanobis"
         ),
         "hsc": HSCClassifier(image_size=64, max_steps=100),
         "deep_svdd": DeepSVDD(**SMALL),

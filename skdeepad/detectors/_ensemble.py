@@ -55,8 +55,8 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
         The members, by name; "drop" in the place of one leaves it out. None: two
         that see different things. For images, the cosine distance to the nearest
         neighbours in a pretrained EfficientNet-Lite0's last stage at 160 pixels, and
-        the Euclidean one in its whitened fifth stage at 64 pixels; for vectors,
-        the same distances in the vectors.
+        the Mahalanobis distance to those in its fifth stage at 64 pixels; for
+        vectors, the same distances in the vectors.
     scale : {"log", "rank"}, default="log"
         What is averaged. "log": the logarithm of a member's anomaly score over its
         median on the training samples, for scores that are distances. "rank": the
