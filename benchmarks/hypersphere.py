@@ -305,11 +305,12 @@ def draw(
 
 def run_methods(args: argparse.Namespace) -> None:
     train, test = load_images(args.dataset)
-    table = Table(f"methods-{args.dataset}", args)
+    some = [] if set(args.methods) == set(SCRATCH) else args.methods
+    table = Table("-".join(["methods", args.dataset, *some]).lower(), args)
     for task in tasks(train, test, args.classes, args.seeds, own=False):
         outliers = train.images[task.outliers]
-        for name, make in SCRATCH.items():
-            model = make(args.steps, random_state=task.seed)
+        for name in args.methods:
+            model = SCRATCH[name](args.steps, random_state=task.seed)
             if name == "Deep SVDD":
                 normal, tested = train.images[task.normal], test.images[task.tested]
                 row = measure(model, task, normal, None, tested)
@@ -359,6 +360,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument(
         "--steps", type=int, default=300, help="mini-batches, for the LeNets"
+    )
+    parser.add_argument(
+        "--methods", nargs="+", choices=SCRATCH, default=list(SCRATCH), help="LeNets"
     )
     parser.add_argument("--memory", help="folder that keeps features for later runs")
     args = parser.parse_args()

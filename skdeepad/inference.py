@@ -480,7 +480,14 @@ def iter_features(
             yield index, features
         rest = np.flatnonzero(found)
         for at, features in cache.read([digests[i] for i in rest]):
+            found[rest[at]] = False
             yield rest[at], features
+        # rows that are damaged, or cannot be read any more
+        lost = [i for i in np.flatnonzero(found) if i not in failed]
+        again = chunks(np.array(lost, dtype=np.intp), task.batch_size)
+        for index, features in _compute(task, inputs, again, failed, on_error):
+            cache.put([digests[i] for i in index], features)
+            yield index, features
     if failed:
         _tell(inputs, failed, on_error)
 
