@@ -39,7 +39,12 @@ from skdeepad.datasets import make_texture_defects
 TEXTURES = "brick", "gravel", "grass"
 N_NEW = 300
 N_OUTLIERS = 32  # known anomalies, for detectors that learn from them
-SMALL = {"image_size": 32, "pretrain_steps": 10, "max_steps": 30}
+SMALL = {
+    "backbone": "svdd_mnist_lenet",
+    "image_size": 28,
+    "pretrain_steps": 10,
+    "max_steps": 30,
+}
 AUGMENTED = {
     "hsc": {"augmentation": "paper", "max_steps": 20},
     "deep_svdd": {"augmentation": "paper"},
