@@ -631,3 +631,23 @@ def test_bad_parameters_leave_the_fitted_state(digits, options, message):
 def test_more_than_two_classes_are_refused():
     with pytest.raises(ValueError, match="Only binary classification is supported"):
         HSCClassifier().fit(np.eye(21), [0, 1, 2] * 7)
+
+
+def test_augmented_training_is_the_same_from_a_cache(digits, tmp_path):
+    """The second fit finds its first pass there, and passes nothing before training."""
+    X, y, _, _ = digits
+    options = {"pretrain_steps": 2, "max_steps": 3, "random_state": 0}
+    curves = [
+        DeepSVDD(
+            "svdd_mnist_lenet",
+            image_shape=(8, 8),
+            augmentation=torch.sqrt,
+            memory=memory,
+            **options,
+        )
+        .fit(X[y == 1][:40].reshape(40, -1))
+        .loss_curve_
+        for memory in (None, tmp_path, tmp_path)
+    ]
+    assert_array_equal(curves[0], curves[1])
+    assert_array_equal(curves[0], curves[2])

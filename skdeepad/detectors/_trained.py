@@ -24,7 +24,14 @@ from ..backbones import Backbone
 from ..backbones._decoder import make_decoder
 from ..backbones._pretrained import is_pretrained
 from ..base import draw_seed
-from ..inference import FeaturePass, JunctionPass, PassOutputs, pool, regroup
+from ..inference import (
+    FeaturePass,
+    JunctionPass,
+    PassOutputs,
+    frozen_copy,
+    pool,
+    regroup,
+)
 from ..inputs import Vectors, chunks
 from ..scorers._base import row_digests
 from ..training import DivergedError, train
@@ -163,6 +170,8 @@ class TrainedDetector(BackboneDetector):
         if trained:
             self.backbone_ = self.backbone_.clone()
         task = self._junction_pass()
+        # copied before training sets the modes of modules that both hold
+        frozen_copy(self.backbone_, task.device, task.dtype)
         shape = task.sample_shape(inputs)
         self._n_columns = sum(task.widths(shape))
         junction = task.junction_shape(shape)
