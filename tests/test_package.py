@@ -59,7 +59,7 @@ HOUSE = [
     ("features", "fisher", "localization"),
     ("cache", "inference", "scorers"),
     ("backbones", "base", "objectives", "training"),
-    ("inputs",),
+    ("draws", "inputs"),
 ]
 # around the estimators, which know nothing of them; on the same ground
 BESIDE = [("model_selection",), ("datasets", "metrics"), ("inputs",)]

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from ..draws import OwnDraws
 from ._backbone import Backbone
 from ._pretrained import (
     EMBEDDED,
@@ -92,8 +92,7 @@ def load_backbone(
     >>> load_backbone("efficientnet_lite0").stage_names[-3:]
     ('stage7', 'conv_head', 'pool')
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with OwnDraws(seed):
         if isinstance(backbone, str):
             made = _from_name(backbone, weights, in_channels)
         else:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..backbones import Backbone
 from ..backbones._small import ContrastNormalization, biases, without_biases
 from ..base import check_groups, draw_seed, keep_state_on_error, known_normal
+from ..draws import OwnDraws
 from ..inference import PassOutputs
 from ..inputs import Vectors, chunks
 from ..objectives import compactness, soft_boundary_loss
@@ -136,8 +137,7 @@ class SphereDetector(TrainedDetector):
         """Put a linear layer behind a network that does not end in one."""
         if self._network.ends_linear:
             return
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with OwnDraws(seed):
             self._network.projection = nn.Linear(
                 self._n_features(), N_OUTPUTS, bias=False
             )

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from ..base import check_groups, draw_seed, keep_state_on_error
+from ..draws import OwnDraws
 from ..inference import PassOutputs
 from ..inputs import chunks
 from ..objectives import focal_loss, hypersphere_loss, radial_distance
@@ -418,8 +419,7 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
         """Put the last layers behind the features."""
         width, n_features = self.projection, self._n_features()
         layers: list[nn.Module] = []
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with OwnDraws(seed):
             if width == "auto" and not whole:
                 # ||z||^2 starts at about 1, whatever the number of features, while the
                 # matrix that learns starts at 1, whose steps Adam makes alike

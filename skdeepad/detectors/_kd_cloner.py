@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from ..backbones import Backbone
 from ..backbones._cloner import make_cloner
 from ..base import check_groups, draw_seed, keep_state_on_error, known_normal
+from ..draws import OwnDraws, each_with_own_draws
 from ..inference import FeaturePass, PassOutputs, TapPass, iter_features
 from ..inputs import Vectors, chunks
 from ..localization import MapPass, fit_size, gradient, guided, refine, smoothgrad
@@ -449,9 +450,10 @@ default="discrepancy"
         told = None if groups is None else groups[rows]
         related = find_related(told, averages[rows, 0], digests[rows])
         held_out = hold_out(related, self.validation_fraction, rng)
-        cloner = self._make_cloner(sample_shape, shapes, draw_seed(rng))
+        seed = draw_seed(rng)
+        cloner = self._make_cloner(sample_shape, shapes, seed)
         network = SourceAndCloner(self.backbone_, cloner, self.stages_, means, scales)
-        self._train(network, outputs, shapes, rows[~held_out], rng)
+        self._train(network, outputs, shapes, rows[~held_out], rng, seed + 1)
         if self.discrepancy == "mahalanobis":
             self._learn_precisions(network, outputs, shapes, rows[~held_out])
         self._network, self.cloner_ = network, network.stages["cloner"]
@@ -534,8 +536,7 @@ default="discrepancy"
     ) -> nn.Module:
         """Make the cloner, or copy the given one, and check what it gives."""
         made: Any = self.cloner
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with OwnDraws(seed):
             if isinstance(made, str):
                 return make_cloner(
                     self.backbone_,
@@ -575,6 +576,7 @@ default="discrepancy"
         shapes: list[tuple[int, ...]],
         rows: NDArray[np.intp],
         rng: np.random.RandomState,
+        seed: int,
     ) -> None:
         """Train the cloner until the loss has converged, or the budget is spent."""
         device = outputs.task.device
@@ -583,10 +585,10 @@ default="discrepancy"
         if len(shapes[0]) == 3:
             cloner = cloner.to(memory_format=torch.channels_last)
         optimizer = torch.optim.Adam(cloner.parameters(), lr=self.learning_rate)
-        steps = train(
-            optimizer,
-            islice(self._losses(network, outputs, shapes, rows, rng), self.max_steps),
-        )
+        found = self._losses(network, outputs, shapes, rows, rng)
+        # the cloner may be of a kind that draws in training: dropout
+        drawn = each_with_own_draws(islice(found, self.max_steps), seed)
+        steps = train(optimizer, drawn)
         cloner.train()
         curve: list[float] = []
         try:

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from ..backbones import Backbone
 from ..base import check_groups, draw_seed, keep_state_on_error
+from ..draws import OwnDraws
 from ..inference import JunctionPass, PassOutputs, fingerprint, frozen_copy
 from ..inputs import Vectors
 from ..training import batchnorm_batches
@@ -450,8 +451,7 @@ default="max_logit"
     def _put_head(self, seed: int) -> None:
         """Put what gives the logits behind the features."""
         n_features, n_classes = self._n_features(), len(self.classes_)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with OwnDraws(seed):
             if self.head in GODIN:
                 head: nn.Module = Deconfidence(self.head, n_features, n_classes)
             elif self.head == "given":

@@ -37,6 +37,7 @@ from ..base import (
     known_normal,
     seeded_clone,
 )
+from ..draws import OwnDraws
 from ..fisher import check_classes, mean_squared_gradients, sampled_loss
 from ..inference import (
     FeaturePass,
@@ -671,8 +672,7 @@ None, default="ewc"
         self, n_features: int, rng: np.random.RandomState
     ) -> nn.Module | None:
         if self.adaptation == "outlier_exposure":
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(draw_seed(rng))
+            with OwnDraws(draw_seed(rng)):
                 self._logit = nn.Linear(n_features, 1)
             return self._logit
         head = copy.deepcopy(self.backbone_.head)

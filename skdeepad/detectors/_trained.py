@@ -24,6 +24,7 @@ from ..backbones import Backbone
 from ..backbones._decoder import make_decoder
 from ..backbones._pretrained import is_pretrained
 from ..base import draw_seed
+from ..draws import OwnDraws, each_with_own_draws
 from ..inference import (
     FeaturePass,
     JunctionPass,
@@ -283,29 +284,26 @@ class TrainedDetector(BackboneDetector):
             )
         steps = sorted({round(m * n_steps) for m in self.milestones})
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, steps, DECAY)
-        taken = train(optimizer, islice(losses, n_steps))
+        # what a network draws in training: dropout
+        drawn = each_with_own_draws(islice(losses, n_steps), draw_seed(rng))
+        taken = train(optimizer, drawn)
         curve: list[float] = []
-        device = self._end_pass().device
-        # what a network draws in training (dropout) comes from torch's global stream
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(draw_seed(rng))
-            try:
-                for loss in self._track(taken, n_steps, True, unit="step"):
-                    curve.append(loss)
-                    schedule.step()
-            except DivergedError as error:
-                raise ValueError(
-                    f"Training failed: {error} after {len(curve)} steps. Lower "
-                    "learning_rate, or scale X."
-                ) from error
+        try:
+            for loss in self._track(taken, n_steps, True, unit="step"):
+                curve.append(loss)
+                schedule.step()
+        except DivergedError as error:
+            raise ValueError(
+                f"Training failed: {error} after {len(curve)} steps. Lower "
+                "learning_rate, or scale X."
+            ) from error
         return np.array(curve)
 
     def _make_decoder(self, seed: int) -> nn.Module:
         """Mirror the trained stages."""
         backbone, network = self.backbone_, self._network
         pixels = (backbone.mean, backbone.std) == ((0.0,), (1.0,))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with OwnDraws(seed):
             return make_decoder(
                 network.stages.values(),
                 network.shape,
@@ -422,14 +420,12 @@ class Augmentation:
 
     def __init__(self, change: Callable[[Tensor], Tensor], seed: int) -> None:
         self.change = change
-        self.state = torch.Generator().manual_seed(seed).get_state()
+        self.draws = OwnDraws(seed)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Change each image of a batch by a draw of its own."""
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(self.state)
+        with self.draws:
             changed = torch.stack([self.change(image) for image in images])
-            self.state = torch.get_rng_state()
         if changed.shape != images.shape:
             raise ValueError(
                 f"augmentation turns images of shape {tuple(images.shape[1:])} into "
