@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..draws import OwnDraws
 from ._backbone import Backbone
 from ._structure import to_backbone
 
@@ -52,7 +53,9 @@ def make_pretrained(name: str, weights: str | Path | None) -> Backbone:
 
 @cache
 def _shared(name: str) -> Backbone:
-    return _make(name, _find_weights(name)).shared(_shared, name)
+    # a network draws weights before its own are read, also where it is unpickled
+    with OwnDraws(0):
+        return _make(name, _find_weights(name)).shared(_shared, name)
 
 
 def _make(name: str, path: Path | None) -> Backbone:
