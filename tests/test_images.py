@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ import pandas as pd
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
+from PIL import Image
 from sklearn.base import clone
 from sklearn.decomposition import PCA
 from sklearn.exceptions import NotFittedError
@@ -867,6 +869,23 @@ def test_changed_files_are_read_again(image_files, passes, tmp_path):
     assert passes() == 2
     plain = features().fit(image_files.photos).transform(image_files.photos[:2])
     assert_array_equal(np.vstack(given), plain[[0, 0, 1, 1]])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows tells no time of change")
+def test_replaced_files_of_the_same_size_and_time_are_read_again(tmp_path, passes):
+    paths = [tmp_path / f"{name}.tiff" for name in "ab"]
+    for path, grey in zip(paths, (50, 200), strict=True):
+        Image.fromarray(np.full((32, 32), grey, np.uint8)).save(path)
+        os.utime(path, ns=(0, 0))
+    estimator = features(memory=tmp_path / "memory").fit(paths)
+    first, other = estimator.transform(paths)
+    changed = os.stat(paths[0]).st_ctime_ns
+    while os.stat(paths[0]).st_ctime_ns == changed:  # until the system's clock ticks
+        shutil.copy2(paths[1], paths[0])
+    assert os.stat(paths[0]).st_mtime_ns == 0
+    assert not np.array_equal(first, other)
+    assert_array_equal(estimator.transform(paths), [other, other])
+    assert passes() == 3  # the copy, once
 
 
 def test_processes_share_the_work(tmp_path):

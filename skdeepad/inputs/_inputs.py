@@ -132,13 +132,15 @@ class ImagePaths(Vectors):
         return image_size(self.rows[i])
 
     def digest(self, i: int) -> bytes:
-        """Name a file by its path, size and time of change, without reading it."""
+        """Name a file by its path, size and times of change, without reading it."""
         path = os.path.abspath(self.rows[i])
         try:
             stat = os.stat(path)
         except OSError:  # gone since X was checked: reading it will tell
             return _digest(path.encode())
-        return _digest(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
+        # who replaces a file can set its mtime, but not its ctime
+        times = f"{stat.st_mtime_ns}\0{stat.st_ctime_ns}"
+        return _digest(f"{path}\0{stat.st_size}\0{times}".encode())
 
 
 def _digest(content: bytes) -> bytes:
