@@ -21,7 +21,7 @@ from skdeepad import (
     OpenSetClassifier,
     PANDAEstimator,
 )
-from skdeepad.backbones import Backbone, load_backbone
+from skdeepad.backbones import Backbone, _from_name, load_backbone
 from skdeepad.detectors._trained import Augmentation, paper_augmentation
 from skdeepad.draws import OwnDraws, each_with_own_draws
 
@@ -41,6 +41,14 @@ def _global_stream_is_left_alone():
 
 # what draws
 
+TRANSFORMS = v2.Compose(
+    [
+        v2.ColorJitter(0.01, 0.01, 0.01, 0.01),
+        v2.RandomHorizontalFlip(),
+        v2.RandomCrop((28, 28), padding=3),
+        v2.GaussianNoise(sigma=0.001),
+    ]
+)
 DRAWS = {
     "rand": lambda: torch.rand(7),
     "randn": lambda: torch.randn(40, dtype=torch.float64),
@@ -71,7 +79,7 @@ DRAWS = {
     "orthogonal": lambda: nn.init.orthogonal_(torch.empty(5, 6)),
     "truncated": lambda: nn.init.trunc_normal_(torch.empty(30)),
     "sparse": lambda: nn.init.sparse_(torch.empty(30, 4), 0.3),
-    "paper": lambda: paper_augmentation((28, 28))(torch.from_numpy(IMAGES[:1])),
+    "transforms": lambda: TRANSFORMS(torch.from_numpy(IMAGES[:1])),
     "erasing": lambda: v2.RandomErasing()(torch.from_numpy(IMAGES[:1])),
 }
 
@@ -169,12 +177,13 @@ def test_backbones():
 
 
 @pytest.mark.parametrize(
-    "name", ["mlp", "mnist_lenet", "fmnist_lenet", "cifar10_lenet"]
+    "name", ["mlp", "mnist_lenet", "fashion_mnist_lenet", "cifar10_lenet"]
 )
 def test_backbones_are_what_a_global_seed_makes(name):
-    seeded = weights(load_backbone(name, seed=3))
-    assert torch.equal(seeded, weights(load_backbone(name, seed=3)))
-    assert not torch.equal(seeded, weights(load_backbone(name, seed=4)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        expected = weights(_from_name(name, None, 3))
+    assert torch.equal(weights(load_backbone(name, seed=3, in_channels=3)), expected)
 
 
 class Dropping(nn.Sequential):
@@ -185,12 +194,23 @@ class Dropping(nn.Sequential):
 
 
 def dropping():
-    return Backbone({"stage": Dropping(nn.Linear(12, 8), nn.ReLU())}, in_channels=12,
-                    vectors=True)  # fmt: skip
+    stages = {"stage": Dropping(nn.Linear(12, 8, bias=False), nn.ReLU())}
+    return Backbone(stages, in_channels=12, vectors=True)
 
 
-def cloner_that_drops():
-    return Dropping(nn.Linear(12, 8), nn.ReLU())
+def cloner():
+    return Cloner(
+        nn.Conv2d(1, 16, 3, stride=2, padding=1),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+    )
+
+
+class Cloner(nn.Sequential):
+    """Learns two stages, and draws in training."""
+
+    def forward(self, x):
+        first = self[0](F.dropout(x, 0.5, self.training))
+        return [first, self[1](first)]
 
 
 FITS = {
@@ -200,6 +220,15 @@ FITS = {
         HSCClassifier("mnist_lenet", augmentation="paper", max_steps=6),
         IMAGES,
         KNOWN,
+    ),
+    "KDClonerEstimator, dropout": (
+        KDClonerEstimator(
+            "mnist_lenet",
+            cloner=cloner,
+            stages=("stage1", "stage2"),
+            max_steps=6,
+        ),
+        IMAGES,
     ),
     "KDClonerEstimator": (
         KDClonerEstimator("mnist_lenet", max_steps=6),
@@ -240,14 +269,17 @@ def test_fits(case):
         np.testing.assert_array_equal(found, expected[0])
 
 
-def test_an_augmentation_is_a_stream_of_its_own():
-    images = torch.from_numpy(IMAGES[:8, None])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_augmentation_is_a_stream_of_its_own(channels):
+    images = torch.from_numpy(IMAGES[: 8 * channels]).view(8, channels, 28, 28)
 
-    def augmented():
-        augment = Augmentation(paper_augmentation((28, 28)), 0)
+    def augmented(make=lambda: Augmentation(TRANSFORMS, 0)):
+        augment = make()
         return torch.stack([augment(images) for _ in range(5)])
 
     expected = augmented()
     assert not torch.equal(expected[0], expected[1])
     for found in in_threads(augmented, 2):
         assert torch.equal(found, expected)
+    paper = augmented(lambda: paper_augmentation((28, 28), 0))
+    assert torch.equal(paper, expected)
