@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sklearn.utils.validation import validate_data
 
 
-def shorten(text: str, length: int = 240) -> str:
+def shorten(text: str, length: int = 200) -> str:
     """Cut out the middle of a long text."""
     half = length // 2 - 2
     return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"

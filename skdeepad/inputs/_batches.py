@@ -78,6 +78,6 @@ def _collect(reading: list[tuple[int, Future[Tensor]]]) -> Batch:
             images.append(future.result())
             index.append(i)
         except (OSError, ValueError) as error:
-            failed[i] = shorten(str(error))
+            failed[i] = shorten(str(error), 160)
     values = torch.stack(images) if images else None
     return Batch(np.array(index, dtype=np.intp), values, failed)

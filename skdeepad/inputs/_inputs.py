@@ -222,7 +222,8 @@ def check_inputs(
         )
     if X.ndim > 4:
         raise ValueError(
-            f"Found array with dim {X.ndim}, while images have 3 (grey) or 4."
+            f"Found array with dim {X.ndim} as X, while images have 3 (grey) or 4. "
+            "Reshape X to (n, height, width, channels)."
         )
     with errors_name_x():
         refuse_dates(X)

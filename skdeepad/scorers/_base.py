@@ -230,8 +230,8 @@ class Scorer(AnomalyDetector):
         minimum = self._min_samples() if reset else 1
         if len(X) < minimum:
             raise ValueError(
-                f"Found {len(X)} normal sample(s) (n_samples={len(X)}) while a minimum "
-                f"of {minimum} is required by {self!r}: each training "
+                f"Found {len(X)} normal sample(s) in X (n_samples={len(X)}) while a "
+                f"minimum of {minimum} is required by {self!r}: each training "
                 "sample is also scored by the others."
             )
         return X, None if groups is None else groups[normal]
