@@ -32,8 +32,8 @@ class BackboneDetector(AnomalyDetector, BackboneEstimator):
     def _check_enough(self, n: int, minimum: int = 2) -> None:
         if n < minimum:
             raise ValueError(
-                f"Found {n} normal sample(s) (n_samples={n}) while a minimum of "
-                f"{minimum} is required by {type(self).__name__}."
+                f"Found {n} normal sample(s) in X (n_samples={n}) while a minimum "
+                f"of {minimum} is required by {type(self).__name__}."
             )
 
     def _score(self, features: NDArray[np.float32]) -> NDArray[np.float64]:

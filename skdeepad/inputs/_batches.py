@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..checks import shorten
 from ._inputs import ImagePaths, Vectors
 
 READ_AHEAD = 2  # batches in memory besides the one in use
@@ -77,6 +78,6 @@ def _collect(reading: list[tuple[int, Future[Tensor]]]) -> Batch:
             images.append(future.result())
             index.append(i)
         except (OSError, ValueError) as error:
-            failed[i] = str(error)
+            failed[i] = shorten(str(error), 160)
     values = torch.stack(images) if images else None
     return Batch(np.array(index, dtype=np.intp), values, failed)

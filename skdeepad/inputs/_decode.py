@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,15 @@ from torch.nn import functional as F
 
 # ITU-R 601 luma, as Pillow's convert("L")
 LUMA = (0.299, 0.587, 0.114)
+LARGE = 2**20  # pixels of an image beyond which it becomes float32 in strips
+STRIP = 2**18  # pixels of a strip
 
 
-def read_image(path: str | os.PathLike[str]) -> Tensor:
+def read_image(
+    path: str | os.PathLike[str],
+    size: tuple[int, int] | None = None,
+    channels: int | None = None,
+) -> Tensor:
     """Read an image file.
 
     Parameters
@@ -22,23 +29,29 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
     path : str or path-like
         A file that Pillow can read. EXIF orientation is applied, palettes are
         looked up, 16 bits of grey are kept, transparent pixels show white.
+    size : (int, int) or None
+        Height and width that the image is resized to.
+    channels : int or None
+        Channels that the image is brought to.
 
     Returns
     -------
-    Tensor of float32, shape (1 or 3, height, width)
+    Tensor of float32, shape (channels, height, width)
         In [0, 1].
 
     Raises
     ------
     OSError
         If the file cannot be read as an image.
+    ValueError
+        If its pixels are no numbers of an image.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
+        with Image.open(path) as image:
             image.load()
+            ImageOps.exif_transpose(image, in_place=True)
     except (
         Image.DecompressionBombError,
         UnidentifiedImageError,
@@ -46,7 +59,16 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
         ValueError,
     ) as error:
         raise OSError(str(error)) from error
-    return pixels_to_tensor(*_to_pixels(image))
+    # Pillow gives 16 bits as 32 from these formats, by its version
+    white = 65535.0 if image.format in ("PNG", "PPM") else 255.0
+
+    def rows(top: int, bottom: int) -> Tensor:
+        whole = (top, bottom) == (0, image.height)
+        strip = image if whole else image.crop((0, top, image.width, bottom))
+        pixels = pixels_to_tensor(*_to_pixels(strip, white))
+        return fit_channels(pixels, channels)[None]
+
+    return resize_rows(rows, 1, (image.height, image.width), size)[0]
 
 
 def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
@@ -60,15 +82,30 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     return (width, height) if lying else (height, width)
 
 
-def _to_pixels(image: Any) -> tuple[np.ndarray, float]:
-    """Give the pixels as (height, width[, channels]) and the value of white."""
-    if image.mode.startswith("I"):  # 16 bits, grey
+def _to_pixels(image: Any, white: float) -> tuple[np.ndarray, float]:
+    """Give the pixels as (height, width[, channels]) and the value of white.
+
+    `white` is that of mode "I", where Pillow does not tell 16 bits from 32.
+    """
+    if image.mode.startswith("I;16"):
         return np.asarray(image), 65535.0
+    if image.mode == "I":
+        pixels = np.asarray(image)
+        low, high = pixels.min(), pixels.max()
+        if low < 0 or high > white:
+            raise ValueError(
+                f"32-bit pixels from {low} to {high}, of which 0..{white:g} are read. "
+                "Save them as 8 or 16 bits"
+            )
+        return pixels, white
     if image.mode == "F":
-        low, high = image.getextrema()
-        if not (low >= -0.01 and high <= 1.01):
+        pixels = np.asarray(image)
+        if not np.isfinite(pixels).all():
+            raise ValueError("pixels that are NaN or infinite")
+        low, high = pixels.min(), pixels.max()
+        if low < -0.01 or high > 1.01:
             raise ValueError(f"float pixels from {low:g} to {high:g}, not in 0..1")
-        return np.asarray(image), 1.0
+        return pixels, 1.0
     if image.has_transparency_data:
         return np.asarray(image.convert("RGBA")), 255.0
     if image.mode not in ("L", "RGB"):
@@ -119,3 +156,37 @@ def resize(images: Tensor, size: tuple[int, int] | None) -> Tensor:
     if size is None or tuple(images.shape[-2:]) == tuple(size):
         return images
     return F.interpolate(images, size=size, mode="bilinear", antialias=True)
+
+
+def resize_rows(
+    rows: Callable[[int, int], Tensor],
+    n_images: int,
+    have: tuple[int, int],
+    size: tuple[int, int] | None,
+) -> Tensor:
+    """Resize images that are given some rows at a time.
+
+    Large ones become float32 in strips: each is resized horizontally, and all of
+    them vertically, which are the two steps of any resize.
+
+    Parameters
+    ----------
+    rows : callable
+        ``rows(top, bottom)`` gives float32 of shape (n, channels, rows, width).
+    n_images : int
+        How many images there are.
+    have, size : (int, int)
+        Height and width that the images have, and shall have (None: they stay).
+    """
+    height, width = have
+    if size is None or height * width <= LARGE or size[1] >= width:
+        return resize(rows(0, height), size)
+    step = max(1, STRIP // (n_images * width))
+    narrow = None
+    for top in range(0, height, step):
+        strip = rows(top, min(top + step, height))
+        strip = resize(strip, (strip.shape[-2], size[1]))
+        if narrow is None:  # the first one tells the channels
+            narrow = strip.new_empty(*strip.shape[:2], height, size[1])
+        narrow[..., top : top + step, :] = strip
+    return resize(narrow, size)

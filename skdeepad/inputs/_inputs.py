@@ -17,10 +17,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.utils import check_array
-from sklearn.utils.validation import validate_data
 from torch import Tensor
 
-from ._decode import fit_channels, image_size, read_image, resize
+from ..checks import (
+    check_magnitude,
+    check_rows,
+    errors_name_x,
+    plain,
+    refuse_dates,
+    shorten,
+    to_array,
+)
+from ._decode import fit_channels, image_size, read_image, resize_rows
 
 Shape = tuple[int, ...]
 
@@ -84,10 +92,15 @@ class Images(Vectors):
         channels: int | None = None,
     ) -> Tensor:
         """Give images as a float32 tensor in [0, 1], resized."""
-        images = torch.from_numpy(self.rows[index].astype(np.float32))
         # grey stays one channel: what is repeated later need not be resized thrice
         wanted = channels if self.rows.shape[1] > 1 else None
-        return resize(fit_channels(images.div_(self.white), wanted), size)
+        height, width = self.rows.shape[2:]
+
+        def rows(top: int, bottom: int) -> Tensor:
+            strip = self.rows[index, :, top:bottom].astype(np.float32)
+            return fit_channels(torch.from_numpy(strip).div_(self.white), wanted)
+
+        return resize_rows(rows, len(index), (height, width), size)
 
 
 class ImagePaths(Vectors):
@@ -116,7 +129,10 @@ class ImagePaths(Vectors):
 
     def name(self, index: Sequence[int]) -> str:
         """Name files and their positions in X; the first twenty of many."""
-        named = [f"{str(self.rows[i])!r} (X[{self.positions[i]}])" for i in index[:20]]
+        named = [
+            f"{shorten(str(self.rows[i]))!r} (X[{self.positions[i]}])"
+            for i in index[:20]
+        ]
         more = [f"and {len(index) - 20} more"] if len(index) > 20 else []
         return ", ".join(named + more)
 
@@ -124,8 +140,7 @@ class ImagePaths(Vectors):
         self, i: int, size: tuple[int, int] | None, channels: int | None
     ) -> Tensor:
         """Read, resize and return the image of one path, without batch axis."""
-        image = fit_channels(read_image(self.rows[i]), channels)
-        return resize(image[None], size)[0]
+        return read_image(self.rows[i], size, channels)
 
     def size(self, i: int) -> tuple[int, int]:
         """Give the height and width of an image."""
@@ -186,8 +201,7 @@ def check_inputs(
     """
     if image_shape is not None:
         check_size("image_shape", image_shape)
-    if isinstance(X, Tensor):
-        X = _to_array(X)
+    X = plain(X)
     paths = _as_paths(X)
     if paths is not None:
         if vectors:
@@ -198,9 +212,10 @@ def check_inputs(
         return ImagePaths(paths)
     X = _stack(X)
     if getattr(X, "ndim", 2) <= 2:
-        rows = validate_data(estimator, X, reset=reset, dtype="numeric")
+        rows = check_rows(estimator, X, reset=reset, dtype="numeric")
         if image_shape is None and vectors is not False:
-            return Vectors(rows)
+            # networks compute in float32
+            return Vectors(check_magnitude(rows, float(np.finfo(np.float32).max)))
         return Images(_check_pixels(_unflatten(rows, image_shape)))
     if vectors:
         raise ValueError(
@@ -209,11 +224,14 @@ def check_inputs(
         )
     if X.ndim > 4:
         raise ValueError(
-            f"Found array with dim {X.ndim}, while images have 3 (grey) or 4."
+            f"Found array with dim {X.ndim} as X, while images have 3 (grey) or 4. "
+            "Reshape X to (n, height, width, channels)."
         )
-    X = check_array(
-        X, allow_nd=True, dtype="numeric", estimator=estimator, input_name="X"
-    )
+    with errors_name_x():
+        refuse_dates(X)
+        X = check_array(
+            X, allow_nd=True, dtype="numeric", estimator=estimator, input_name="X"
+        )
     return Images(_check_pixels(_channels_first(X, image_shape)))
 
 
@@ -221,8 +239,8 @@ def _as_paths(X: Any) -> NDArray[Any] | None:
     """Give a sequence of paths as an object array, or None if X is none."""
     if isinstance(X, str | os.PathLike):
         raise ValueError(
-            f"X={os.fspath(X)!r} is one path; pass a list of image paths, such as "
-            "sorted(Path(folder).glob('*.png'))."
+            f"X={shorten(os.fspath(X))!r} is one path; pass a list of image paths, "
+            "such as sorted(Path(folder).glob('*.png'))."
         )
     if isinstance(X, Iterator):
         raise ValueError(f"X={X!r} can be read once only; pass list(X), or sorted(X).")
@@ -240,7 +258,8 @@ def _as_paths(X: Any) -> NDArray[Any] | None:
         return None
     paths = np.empty(len(X), dtype=object)
     paths[:] = [_path(path, i) for i, path in enumerate(X)]
-    missing = [i for i, path in enumerate(paths) if not path.is_file()]
+    # unlike Path.is_file, this takes names that are too long for none
+    missing = [i for i, path in enumerate(paths) if not os.path.isfile(path)]
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(paths)} image files are missing: "
@@ -251,13 +270,8 @@ def _as_paths(X: Any) -> NDArray[Any] | None:
 
 def _path(path: Any, i: int) -> Path:
     if not isinstance(path, str | os.PathLike):
-        raise ValueError(f"X holds paths, but X[{i}] is {path!r}.")
+        raise ValueError(f"X holds paths, but X[{i}] is {shorten(repr(path))}.")
     return Path(path)
-
-
-def _to_array(tensor: Tensor) -> NDArray[Any]:
-    tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def check_size(name: str, size: Any) -> Shape:
@@ -288,7 +302,7 @@ def _stack(X: Any) -> Any:
             "); resize them to one shape, or pass the paths of their files."
         )
     return np.stack(
-        [_to_array(x) if isinstance(x, Tensor) else np.asarray(x) for x in X]
+        [to_array(x) if isinstance(x, Tensor) else np.asarray(x) for x in X]
     )
 
 

@@ -12,15 +12,18 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import _fit_context, clone
 from sklearn.model_selection import GroupKFold
 from sklearn.utils import gen_batches
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 
 from ..base import AnomalyDetector, check_groups, keep_state_on_error, known_normal
+from ..checks import check_magnitude, check_rows
 
 FLOATS = (np.float64, np.float32)
 METRICS = ("sqeuclidean", "euclidean", "cosine")
 BLOCK = 1024  # rows that are worked on at a time, so that memory stays bounded
 N_INSPECTED = 256  # rows whose neighbours are inspected for near copies
 LEAP = 10  # from one neighbour to the next: a near copy's distance to others'
+# squares of float32 (clusters) and fourth powers of float64 (shrinkage) stay finite
+LARGEST = {"float32": 1e18, "float64": 1e70}
 MAX_COPIED = 0.2  # share of rows with copies from which on a warning is due
 
 
@@ -213,18 +216,22 @@ class Scorer(AnomalyDetector):
     def _min_samples(self) -> int:
         return 2  # one row to learn from when the other is left out
 
+    def _checked(self, X: Any, reset: bool) -> NDArray[Any]:
+        rows = check_rows(self, X, dtype=FLOATS, reset=reset)
+        return check_magnitude(rows, LARGEST[rows.dtype.name])
+
     def _training_rows(
         self, X: Any, y: ArrayLike | None, groups: ArrayLike | None, reset: bool
     ) -> tuple[NDArray[Any], NDArray[Any] | None]:
-        X = validate_data(self, X, dtype=FLOATS, reset=reset)
+        X = self._checked(X, reset)
         groups = check_groups(groups, len(X))
         normal = known_normal(y, len(X))
         X = X[normal]
         minimum = self._min_samples() if reset else 1
         if len(X) < minimum:
             raise ValueError(
-                f"Found {len(X)} normal sample(s) (n_samples={len(X)}) while a minimum "
-                f"of {minimum} is required by {self!r}: each training "
+                f"Found {len(X)} normal sample(s) in X (n_samples={len(X)}) while a "
+                f"minimum of {minimum} is required by {self!r}: each training "
                 "sample is also scored by the others."
             )
         return X, None if groups is None else groups[normal]
@@ -300,5 +307,4 @@ class Scorer(AnomalyDetector):
             was trained on gets the score it has when left out of training.
         """
         check_is_fitted(self)
-        rows: Any = validate_data(self, X, dtype=FLOATS, reset=False)
-        return self._held_out.score(rows, self._score)
+        return self._held_out.score(self._checked(X, reset=False), self._score)

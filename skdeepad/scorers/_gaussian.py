@@ -18,12 +18,11 @@ from sklearn.base import (
 from sklearn.utils import gen_batches
 from sklearn.utils._param_validation import HasMethods, StrOptions
 from sklearn.utils.metaestimators import available_if
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 
 from ..base import keep_state_on_error
 from ._base import (
     BLOCK,
-    FLOATS,
     Scorer,
     count_copies,
     row_digests,
@@ -566,4 +565,4 @@ estimator, default="ledoit_wolf"
             "diagonal").
         """
         check_is_fitted(self)
-        return self._whiten(validate_data(self, X, dtype=FLOATS, reset=False))
+        return self._whiten(self._checked(X, reset=False))
