@@ -157,6 +157,12 @@ class CrossFittedDetector(MetaEstimatorMixin, AnomalyDetector):
     This package's detectors and scorers know their held-out scores without it, and
     need it only behind steps that learn.
 
+    The threshold compares scores by fits to a part of the samples with scores by the
+    fit to all. With fewer samples than features, a step without regularization, such
+    as ``PCA(whiten=True)``, scores on another scale for each number of samples, and
+    the threshold does not hold: of 50 samples with 100 features a third of new ones
+    was flagged. Take fewer components, or ``KNNScorer(metric="mahalanobis")``.
+
     Examples
     --------
     >>> import numpy as np

@@ -30,7 +30,13 @@ from ..inputs import Vectors, chunks
 from ..localization import MapPass, fit_size, gradient, guided, refine, smoothgrad
 from ..scorers._base import row_digests
 from ..training import DivergedError, batchnorm_batches, train
-from ._base import BackboneDetector, as_unseen, find_related, hold_out
+from ._base import (
+    BackboneDetector,
+    as_unseen,
+    by_rank_as_unseen,
+    find_related,
+    hold_out,
+)
 from ._source_and_cloner import (
     RESIDUAL,
     TINY,
@@ -673,7 +679,12 @@ default="discrepancy"
         self, losses: NDArray[np.float32], held_out: NDArray[np.bool_]
     ) -> None:
         scores = self._score(losses)
-        scores[~held_out] = as_unseen(scores[~held_out], scores[held_out])
+        trained, unseen = scores[~held_out], scores[held_out]
+        if self._network.scored:  # precisions were learnt from those trained on
+            scores[~held_out] = by_rank_as_unseen(trained, unseen)
+            self._set_threshold(row_digests(losses), scores, len(unseen))
+            return
+        scores[~held_out] = as_unseen(trained, unseen)
         self._set_threshold(row_digests(losses), scores)
 
     def _score(self, losses: NDArray[np.float32]) -> NDArray[np.float64]:
