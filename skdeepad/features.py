@@ -341,7 +341,7 @@ class BackboneFeatures(TransformerMixin, BackboneEstimator):
         Device of torch's. "auto": CUDA or MPS where there is one, else the CPU.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
         "auto" runs images in bfloat16 where the processor is made for it (AMX,
-        CUDA) and in float32 elsewhere.
+        AVX512-BF16, CUDA) and in float32 elsewhere.
     random_state : int, RandomState instance or None, default=None
         Seeds random weights.
     verbose : bool or int, default=False

@@ -403,10 +403,11 @@ def test_pickles_of_pretrained_backbones_are_small(images):
 def test_precision_is_settled_in_fit(images, monkeypatch):
     """A pickle that goes to another processor is read in the precision it knows."""
     train, test = images["grey"]
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    told = "skdeepad.inference._has_bfloat16_instructions"
+    monkeypatch.setattr(told, lambda: True)
     detector = mahalanobis(device="cpu").fit(train)
     expected = detector.score_samples(test)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(told, lambda: False)
     assert_array_equal(detector.score_samples(test), expected)
 
 

@@ -48,6 +48,16 @@ def test_features_bit_for_bit(textures):
     np.testing.assert_array_equal(features.transform(X[::-1])[::-1], whole)
 
 
+def test_features_of_large_images_bit_for_bit(textures):
+    # more pixels than pass the network together
+    features = BackboneFeatures(image_size=224, batch_size=16).fit(textures.X_train)
+    X = textures.X_test[:6]
+    whole = features.transform(X)
+    for i in range(len(X)):
+        np.testing.assert_array_equal(features.transform(X[i : i + 1])[0], whole[i])
+    np.testing.assert_array_equal(features.transform(X[::-1])[::-1], whole)
+
+
 @pytest.mark.parametrize("public", ON_IMAGES, ids=lambda public: public.__name__)
 @pytest.mark.filterwarnings("ignore")
 def test_scores_of_images(public, textures):

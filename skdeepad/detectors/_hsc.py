@@ -133,7 +133,7 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
         Device of torch's. "auto": CUDA or MPS where there is one, else the CPU.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
         Of the frozen stages: "auto" runs images in bfloat16 where the processor is
-        made for it (AMX, CUDA). What is trained is in float32.
+        made for it (AMX, AVX512-BF16, CUDA). What is trained is in float32.
     random_state : int, RandomState instance or None, default=None
         Seeds random weights, the held-out share, mini-batches and augmentation.
     verbose : bool or int, default=False

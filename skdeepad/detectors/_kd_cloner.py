@@ -205,8 +205,8 @@ default="discrepancy"
         Device of torch's. "auto": CUDA or MPS where there is one, else the CPU.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
         Of both networks: "auto" runs images in bfloat16 where the processor is made
-        for it (AMX, CUDA), in training by automatic mixed precision. Losses and the
-        gradients of maps are in float32.
+        for it (AMX, AVX512-BF16, CUDA), in training by automatic mixed precision.
+        Losses and the gradients of maps are in float32.
     random_state : int, RandomState instance or None, default=None
         Seeds the cloner's weights, random weights of the source, the held-out share,
         mini-batches, augmentation and noise.

@@ -85,7 +85,7 @@ estimator, default="ledoit_wolf"
         Device of torch's. "auto": CUDA or MPS where there is one, else the CPU.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
         Of the network: "auto" runs images in bfloat16 where the processor is made
-        for it (AMX, CUDA). Distances are in float64 always.
+        for it (AMX, AVX512-BF16, CUDA). Distances are in float64 always.
     random_state : int, RandomState instance or None, default=None
         Seeds random weights.
     verbose : bool or int, default=False

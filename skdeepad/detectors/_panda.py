@@ -283,8 +283,8 @@ None, default="ewc"
         Device of torch's. "auto": CUDA or MPS where there is one, else the CPU.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
         Of the frozen stages, and of the trained ones in scoring: "auto" runs images
-        in bfloat16 where the processor is made for it (AMX, CUDA). Training is in
-        float32, distances are in float64.
+        in bfloat16 where the processor is made for it (AMX, AVX512-BF16, CUDA).
+        Training is in float32, distances are in float64.
     random_state : int, RandomState instance or None, default=None
         Seeds random weights, the held-out share, mini-batches, drawn outcomes, and
         the scorer, where it has a `random_state` that is None.
