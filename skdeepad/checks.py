@@ -30,7 +30,8 @@ def check_rows(estimator: Any, X: Any, **options: Any) -> NDArray[Any]:
         X = np.asarray(X) if isinstance(X, list | tuple) else X
         refuse_dates(X)
         rows: NDArray[Any] = validate_data(estimator, X, **options)
-    return rows
+    # scikit-learn leaves the byte order of tables, which torch cannot read
+    return rows.astype(rows.dtype.newbyteorder("="), copy=False)
 
 
 def check_magnitude(rows: NDArray[Any], limit: float) -> NDArray[Any]:

@@ -240,3 +240,12 @@ def test_scorers_take_tensors_as_images_may_be(scorer):
     half = X.detach().bfloat16()
     expected = scorer().fit(half.float()).score_samples(half.float())
     assert_array_equal(scorer().fit(half).score_samples(half), expected)
+
+
+def test_tables_of_another_byte_order():
+    rows = np.random.default_rng(0).random((30, 5), dtype=np.float32)
+    table = pd.DataFrame(rows.astype(">f4"))
+    assert_array_equal(
+        KNNScorer().fit(table).score_samples(table),
+        KNNScorer().fit(rows).score_samples(rows),
+    )
