@@ -19,6 +19,8 @@ from sklearn.base import BaseEstimator, OutlierMixin, clone
 from sklearn.utils import check_consistent_length, column_or_1d
 from sklearn.utils._param_validation import Interval
 
+from .parameters import ParametersMixin
+
 __all__ = [
     "AnomalyDetector",
     "check_groups",
@@ -192,20 +194,35 @@ def keep_state_on_error(fit: Callable[..., Any]) -> Callable[..., Any]:
     return safe_fit
 
 
-class AnomalyDetector(OutlierMixin, BaseEstimator):
+class AnomalyDetector(ParametersMixin, OutlierMixin, BaseEstimator):
     """Base of every detector: scikit-learn's outlier contract, spelled out once.
 
     A subclass defines ``fit``, which calls `_set_offset` with scores of normal
     rows that did not take part in training, and ``score_samples``.
+
+    Parameters
+    ----------
+    contamination : float, default=0.05
+        Share of new normal samples that may fall below the threshold, in (0, 0.5].
+
+    Attributes
+    ----------
+    offset_ : float
+        The threshold on ``score_samples``: the `contamination` quantile of the scores
+        of training samples as if they were new.
+    n_features_in_ : int
+        Number of columns seen in `fit`, where X was 2-D.
+    feature_names_in_ : ndarray of str
+        Names of the columns, where X had them.
     """
 
-    _parameter_constraints: dict[str, Any] = {  # noqa: RUF012 (scikit-learn's name)
+    contamination: float = 0.05
+
+    _parameter_constraints: ClassVar = {
         "contamination": [Interval(Real, 0, 0.5, closed="right")],
     }
     # what attributes hold besides plain data: see docs/architecture.md
     _saved: ClassVar[dict[str, Any]] = {}
-    contamination: float
-    offset_: float
 
     def _set_offset(
         self, held_out_scores: NDArray[np.float64], n_unseen: int | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import field, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +25,7 @@ from .base import draw_seed, keep_state_on_error
 from .cache import FeatureCache
 from .inference import FeaturePass, iter_features, resolve_device, resolve_precision
 from .inputs import Vectors, check_inputs, check_size, chunks
+from .parameters import ParametersMixin
 
 try:
     from sklearn.callback import CallbackSupportMixin
@@ -37,10 +38,78 @@ except ImportError:  # before scikit-learn 1.9
 BLOCK = 1024  # rows of features that are handed on at a time
 
 
-class BackboneEstimator(CallbackSupportMixin, BaseEstimator):
-    """Base of every estimator that sees its samples through a backbone."""
+class BackboneEstimator(ParametersMixin, CallbackSupportMixin, BaseEstimator):
+    """Base of every estimator that sees its samples through a backbone.
 
-    _parameter_constraints: dict[str, Any] = {  # noqa: RUF012
+    Parameters
+    ----------
+    backbone : str, torch.nn.Module or callable, default="auto"
+        The network: a name of `skdeepad.backbones.list_backbones`, a module (a copy
+        is taken), or a function that makes one. "auto" is "efficientnet_lite0" for
+        images and "mlp" for vectors.
+    weights : "default", "download", None or path, default="default"
+        "default": pretrained weights that are found on this machine. "download": the
+        same, downloaded first if they are missing. None: random weights. A path: the
+        file of a state dict. See `skdeepad.backbones.load_backbone`.
+    image_size : int or (int, int), default=None
+        Height and width in pixels that images are resized to (bilinear, antialiased,
+        aspect ratio not kept). None: the size that the network was trained on, or
+        else the images' own. The time grows with the number of pixels.
+    image_shape : (int, int, int) or (int, int), default=None
+        (channels, height, width) or (height, width) of one image, where X does not
+        tell: rows that are flattened images, or an ambiguous channel axis.
+    batch_size : int, default=32
+        How many samples the network is given at once, in training and in scoring.
+    memory : str, path or joblib.Memory, default=None
+        Folder in which the outputs of the frozen stages are kept, by the content of
+        their sample. Any subset of samples that were seen before is found again: the
+        folds of a grid search, on both sides, in all of its processes.
+    on_error : {"raise", "skip"}, default="raise"
+        What to do about image files that cannot be read. "raise": an error that names
+        them all. "skip": a warning; they are left out of `fit` and score NaN.
+    device : str, default="auto"
+        A device of torch. "auto": CUDA or MPS where there is one, else the CPU.
+    precision : {"auto", "float32", "bfloat16"}, default="auto"
+        Of the frozen stages. "auto": bfloat16 for images where the processor has
+        instructions for it (AMX, AVX512-BF16, CUDA), float32 elsewhere. Distances are
+        in float64 always.
+    random_state : int, RandomState instance or None, default=None
+        Seeds random weights.
+    verbose : bool or int, default=False
+        Whether to show a progress bar. scikit-learn's callbacks (1.9 and later) are
+        served, too, while it is fitted.
+
+    Attributes
+    ----------
+    backbone_ : skdeepad.backbones.Backbone
+        The network. A pretrained one that is not trained is shared in the process and
+        pickled by name.
+    stages_ : tuple of str
+        The stages whose outputs are used.
+    image_size_ : (int, int) or None
+        Height and width at which the network runs; None for vectors.
+    image_shape_in_ : (int, int, int) or None
+        (channels, height, width) of the arrays seen in `fit`; None for files and
+        vectors.
+    n_features_in_ : int
+        Number of columns seen in `fit`, where X was 2-D.
+    feature_names_in_ : ndarray of str
+        Names of the columns, where X had them.
+    """
+
+    backbone: Any = field(default="auto", kw_only=False)
+    weights: str | Path | None = "default"
+    image_size: int | tuple[int, int] | None = None
+    image_shape: tuple[int, ...] | None = None
+    batch_size: int = 32
+    memory: Any = None
+    on_error: str = "raise"
+    device: str = "auto"
+    precision: str = "auto"
+    random_state: int | np.random.RandomState | None = None
+    verbose: bool | int = False
+
+    _parameter_constraints: ClassVar = {
         "backbone": [str, callable],  # a torch.nn.Module is callable
         "weights": [str, os.PathLike, None],
         "image_size": [Interval(Integral, 1, None, closed="left"), tuple, list, None],
@@ -54,18 +123,6 @@ class BackboneEstimator(CallbackSupportMixin, BaseEstimator):
         "verbose": ["verbose"],
     }
     _saved: ClassVar = {"backbone": nn.Module, "backbone_": Backbone}
-
-    backbone: Any
-    weights: Any
-    image_size: Any
-    image_shape: Any
-    batch_size: int
-    memory: Any
-    on_error: str
-    device: str
-    precision: str
-    random_state: Any
-    verbose: Any
 
     def __getstate__(self) -> dict[str, Any]:
         """Give the state without tensors, so that skops can save it, too."""
@@ -308,62 +365,15 @@ class BackboneFeatures(TransformerMixin, BackboneEstimator):
 
     Parameters
     ----------
-    backbone : str, torch.nn.Module or callable, default="auto"
-        The network: a name of `skdeepad.backbones.list_backbones`, a module (a copy
-        is taken), or a function that makes one. "auto" is "efficientnet_lite0" for
-        images and "mlp" for vectors.
-    weights : "default", "download", None or path, default="default"
-        Pretrained weights as found on this machine; the same, fetched first; random
-        ones; or a state dict's file. See `skdeepad.backbones.load_backbone`.
     stages : str or sequence of str, default=None
         Which stages' outputs are the features; several are put side by side, in the
         order of the network. None: the last stage, pooled.
     grid : int, default=None
         Average maps over the cells of a ``grid`` x ``grid`` raster and not over the
         whole map, so that features tell where.
-    image_size : int or (int, int), default=None
-        Height and width in pixels that images are resized to (bilinear, antialiased,
-        aspect not kept). None: what the network was trained on, or else the images'
-        own.
-    image_shape : (int, int, int) or (int, int), default=None
-        (channels, height, width) or (height, width) of one image, where X does not
-        tell: rows that are flattened images, or an ambiguous channel axis.
-    batch_size : int, default=32
-        How many samples the network sees at once. The last batch is padded.
-    memory : str, path or joblib.Memory, default=None
-        Folder in which features are kept by the content of their sample. Any subset
-        of samples seen before is then found again: the folds of a grid search, on
-        both sides, in all of its processes.
     on_error : {"raise", "skip"}, default="raise"
         What to do about image files that cannot be read: raise an error that names
         them all, or warn and give them NaN, which few estimators take.
-    device : str, default="auto"
-        Device of torch's. "auto": CUDA or MPS where there is one, else the CPU.
-    precision : {"auto", "float32", "bfloat16"}, default="auto"
-        "auto" runs images in bfloat16 where the processor is made for it (AMX,
-        AVX512-BF16, CUDA) and in float32 elsewhere.
-    random_state : int, RandomState instance or None, default=None
-        Seeds random weights.
-    verbose : bool or int, default=False
-        Whether to show a progress bar. In `fit_transform`, scikit-learn's callbacks
-        are served too (1.9 and later).
-
-    Attributes
-    ----------
-    backbone_ : skdeepad.backbones.Backbone
-        The frozen network. Pretrained ones are shared in the process and pickled by
-        name.
-    stages_ : tuple of str
-        The stages used.
-    image_size_ : (int, int) or None
-        Size at which the network runs; None for vectors.
-    image_shape_in_ : (int, int, int) or None
-        (channels, height, width) of the arrays seen in `fit`; None for files and
-        vectors.
-    n_features_in_ : int
-        Number of columns seen in `fit`, where X was 2-D.
-    feature_names_in_ : ndarray of str
-        Names of the columns, where X had them.
 
     See Also
     --------
@@ -380,42 +390,13 @@ class BackboneFeatures(TransformerMixin, BackboneEstimator):
     (64,)
     """
 
-    _parameter_constraints = {  # noqa: RUF012
-        **BackboneEstimator._parameter_constraints,
+    stages: str | Iterable[str] | None = None
+    grid: int | None = None
+
+    _parameter_constraints: ClassVar = {
         "stages": [str, tuple, list, None],
         "grid": [Interval(Integral, 1, None, closed="left"), None],
     }
-
-    def __init__(
-        self,
-        backbone: Any = "auto",
-        *,
-        weights: str | Path | None = "default",
-        stages: str | Iterable[str] | None = None,
-        grid: int | None = None,
-        image_size: int | tuple[int, int] | None = None,
-        image_shape: tuple[int, ...] | None = None,
-        batch_size: int = 32,
-        memory: Any = None,
-        on_error: str = "raise",
-        device: str = "auto",
-        precision: str = "auto",
-        random_state: int | np.random.RandomState | None = None,
-        verbose: bool | int = False,
-    ) -> None:
-        self.backbone = backbone
-        self.weights = weights
-        self.stages = stages
-        self.grid = grid
-        self.image_size = image_size
-        self.image_shape = image_shape
-        self.batch_size = batch_size
-        self.memory = memory
-        self.on_error = on_error
-        self.device = device
-        self.precision = precision
-        self.random_state = random_state
-        self.verbose = verbose
 
     @keep_state_on_error
     @_fit_context(prefer_skip_nested_validation=True)

@@ -11,6 +11,7 @@ import tomllib
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ import pytest
 from estimators import make
 
 import skdeepad
+from skdeepad.base import AnomalyDetector
 
 ROOT = Path(skdeepad.__file__).parent
 MODULES = [
@@ -60,7 +62,7 @@ HOUSE = [
     ("cache", "inference", "scorers"),
     ("backbones", "base", "objectives", "training"),
     ("draws", "inputs"),
-    ("checks",),
+    ("checks", "parameters"),
 ]
 # around the estimators, which know nothing of them; on the same ground
 BESIDE = [("model_selection",), ("datasets", "metrics"), ("inputs",), ("checks",)]
@@ -199,6 +201,69 @@ def test_docstring(public):
     ]
     assert inspect.isclass(public) or "Returns" in parts
     assert ">>> " in parts["Examples"]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_documented_defaults(estimator):
+    """An inherited entry must not outlive a default that a subclass has changed."""
+    documented = dict(
+        re.findall(r"(?m)^(\w+) : .*default=(.*)$", sections(estimator)["Parameters"])
+    )
+    for name, parameter in inspect.signature(estimator).parameters.items():
+        if parameter.default is not parameter.empty:
+            assert (
+                ast.unparse(ast.parse(documented[name]))
+                == ast.unparse(ast.parse(repr(parameter.default)))
+                or eval(documented[name]) == parameter.default
+            )
+
+
+def test_parameters_come_from_the_nearest_class():
+    class Base(AnomalyDetector):
+        """Summary.
+
+        Parameters
+        ----------
+        first : int
+            Of the base.
+        """
+
+        first: int = 1
+        _parameter_constraints: ClassVar = {"first": [int]}
+
+    class Child(Base):
+        """Summary.
+
+        Parameters
+        ----------
+        second : str
+            Its own.
+        contamination : float
+            Anew.
+        """
+
+        second: str = "a"
+        contamination: float = 0.1
+        _parameter_constraints: ClassVar = {"second": [str]}
+
+    assert list(inspect.signature(Child).parameters) == [
+        *("second", "contamination", "first")
+    ]
+    assert Child(first=2).get_params() == {
+        **{"first": 2, "second": "a", "contamination": 0.1}
+    }
+    assert set(Child._parameter_constraints) == {"first", "second", "contamination"}
+    assert entries(sections(Child)["Parameters"]) == [
+        *("second", "contamination", "first")
+    ]
+    assert "Anew." in Child.__doc__ and "Share of new" not in Child.__doc__
+    assert entries(sections(Child)["Attributes"])[0] == "offset_"
+
+    class Written(Child):
+        def __init__(self, third=3):
+            self.third = third
+
+    assert Written().get_params() == {"third": 3}
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

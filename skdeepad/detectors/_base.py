@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
+from sklearn.utils._param_validation import Interval
 
 from ..base import AnomalyDetector
 from ..features import BackboneEstimator
@@ -23,11 +25,6 @@ class BackboneDetector(AnomalyDetector, BackboneEstimator):
     """
 
     _saved: ClassVar = {"_held_out": HeldOutScores}
-
-    _parameter_constraints = {  # noqa: RUF012
-        **BackboneEstimator._parameter_constraints,
-        **AnomalyDetector._parameter_constraints,
-    }
 
     def _check_enough(self, n: int, minimum: int = 2) -> None:
         if n < minimum:
@@ -77,6 +74,49 @@ class BackboneDetector(AnomalyDetector, BackboneEstimator):
                 else self._score(features)
             )
         return scores
+
+
+class TrainedDetector(BackboneDetector):
+    """Base of the detectors that train a network, or a part of it.
+
+    Parameters
+    ----------
+    max_steps : int
+        For how many mini-batches it trains.
+    learning_rate : float, default=0.001
+        Of Adam.
+    validation_fraction : float, default=0.1
+        Share of the normal images that is not trained on, in (0, 0.5): they set the
+        threshold. At least 40 images, or a third of fewer than 120.
+    max_cache_bytes : int, default=2**30
+        The outputs of the frozen stages for the training images (the images, if no
+        stage is frozen) are kept in memory if they take no more than this, and
+        computed again for each mini-batch otherwise. Scores are the same.
+    random_state : int, RandomState instance or None, default=None
+        Seeds random weights, the held-out share, mini-batches and augmentation.
+
+    Attributes
+    ----------
+    loss_curve_ : ndarray of shape (n_iter_,)
+        The loss of each mini-batch.
+    n_iter_ : int
+        Number of steps taken.
+    offset_ : float
+        The threshold on ``score_samples``: the `contamination` quantile of the
+        training images' scores, brought to the level of held-out images.
+    """
+
+    max_steps: int
+    learning_rate: float = 0.001
+    validation_fraction: float = 0.1
+    max_cache_bytes: int = 2**30
+
+    _parameter_constraints: ClassVar = {
+        "max_steps": [Interval(Integral, 1, None, closed="left")],
+        "learning_rate": [Interval(Real, 0, None, closed="neither")],
+        "validation_fraction": [Interval(Real, 0, 0.5, closed="neither")],
+        "max_cache_bytes": [Interval(Integral, 0, None, closed="left")],
+    }
 
 
 def find_related(

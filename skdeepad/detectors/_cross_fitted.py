@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -142,10 +143,6 @@ class CrossFittedDetector(MetaEstimatorMixin, AnomalyDetector):
     offset_ : float
         The threshold on ``score_samples``: the `contamination` quantile of the
         training samples' scores by fits without their fold.
-    n_features_in_ : int
-        Number of columns seen in `fit`, where `estimator_` tells.
-    feature_names_in_ : ndarray of str
-        Names of the columns, where X had them.
 
     See Also
     --------
@@ -178,8 +175,11 @@ class CrossFittedDetector(MetaEstimatorMixin, AnomalyDetector):
     0.04
     """
 
-    _parameter_constraints = {  # noqa: RUF012
-        **AnomalyDetector._parameter_constraints,
+    estimator: Any = field(kw_only=False)
+    cv: int = 10
+    random_state: int | np.random.RandomState | None = None
+
+    _parameter_constraints: ClassVar = {
         "estimator": [HasMethods(["fit", "score_samples"])],
         "cv": [Interval(Integral, 2, None, closed="left")],
         "random_state": ["random_state"],
@@ -190,19 +190,6 @@ class CrossFittedDetector(MetaEstimatorMixin, AnomalyDetector):
         "estimator_": BaseEstimator,
         "_held_out": HeldOutScores,
     }
-
-    def __init__(
-        self,
-        estimator: Any,
-        *,
-        cv: int = 10,
-        contamination: float = 0.05,
-        random_state: int | np.random.RandomState | None = None,
-    ) -> None:
-        self.estimator = estimator
-        self.cv = cv
-        self.contamination = contamination
-        self.random_state = random_state
 
     @keep_state_on_error
     @_fit_context(prefer_skip_nested_validation=False)

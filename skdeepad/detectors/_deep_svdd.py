@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from ..inference import PassOutputs
 from ..inputs import Vectors, chunks
 from ..objectives import compactness, soft_boundary_loss
 from ..training import batchnorm_batches
-from ._trained import TrainedDetector
+from ._trained import ObjectiveDetector
 
 N_OUTPUTS = 32  # where the last layer of a network is not linear
 AWAY = 0.1  # from zero, for each entry of the centre
@@ -37,23 +37,60 @@ def away_from_zero(center: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.where(np.abs(center) < AWAY, np.where(center < 0, -AWAY, AWAY), center)
 
 
-class SphereDetector(TrainedDetector):
+class SphereDetector(ObjectiveDetector):
     """Base of the detectors that draw images to a centre, with a network from scratch.
 
     The centre is where the untrained network has them on average. A network with
     biases could put all images there without looking at them: there are none.
+
+    Parameters
+    ----------
+    weights : None or path, default=None
+        Random weights, or a state dict's file to start from.
+    contrast_normalization : bool, default=False
+        Whether images are normalized as in Deep SVDD's paper: less their mean,
+        divided by the mean of their absolute values, and brought to [0, 1] by the
+        extremes of all training images.
+    pretrain_steps : int, default=1000
+        Number of mini-batches for which the network is first trained as the encoder
+        of an autoencoder (sum of squared errors), 0 for none. The paper: 150 epochs,
+        some 4,500 mini-batches of 6,000 images.
+    pretrain_weight_decay : float, default=0.0005
+        Of Adam, for the autoencoder.
+    max_steps : int, default=1000
+        Number of mini-batches for the objective. The paper: 150 epochs.
+    learning_rate : float, default=0.001
+        Of Adam, for both. The paper's is 0.0001.
+    milestones : sequence of float, default=(2 / 3,)
+        At these shares of the steps, in (0, 1), the learning rate falls to a tenth.
+    weight_decay : float, default=5e-7
+        Of Adam, for the objective.
+    precision : {"auto", "float32", "bfloat16"}, default="auto"
+        Without effect: all stages are trained, in float32.
+
+    Attributes
+    ----------
+    stages_ : tuple of str
+        The stage whose output it is.
+    loss_curve_ : ndarray of shape (n_iter_,)
+        The objective for each mini-batch.
+    n_iter_ : int
+        Number of steps taken, without those of the autoencoder.
     """
 
-    _parameter_constraints = {  # noqa: RUF012
-        **TrainedDetector._parameter_constraints,
+    weights: str | Path | None = None
+    contrast_normalization: bool = False
+    pretrain_steps: int = 1000
+    pretrain_weight_decay: float = 5e-4
+    max_steps: int = 1000
+    milestones: Iterable[float] = (2 / 3,)
+    weight_decay: float = 5e-7
+
+    _parameter_constraints: ClassVar = {
         "contrast_normalization": ["boolean"],
         "pretrain_steps": [Interval(Integral, 0, None, closed="left")],
         "pretrain_weight_decay": [Interval(Real, 0, None, closed="left")],
     }
-
-    contrast_normalization: bool
-    pretrain_steps: int
-    pretrain_weight_decay: float
 
     def _auto_backbone(self, shape: tuple[int, ...] | None) -> str:
         if shape is not None and len(shape) == 1:
@@ -207,8 +244,6 @@ class DeepSVDD(SphereDetector):
         that makes one. "auto" is "mlp" for vectors, and the paper's LeNets for
         images: "svdd_mnist_lenet" up to 28 pixels, "svdd_cifar10_lenet" (images of 32
         pixels) for larger ones.
-    weights : None or path, default=None
-        Random weights, or a state dict's file to start from.
     objective : {"one-class", "soft-boundary"}, default="one-class"
         Which of the above; scores are ``R^2 - d`` for the second.
     nu : float, default=0.1
@@ -217,86 +252,16 @@ class DeepSVDD(SphereDetector):
     warm_up_steps : int, default=100
         For "soft-boundary": after so many steps the radius R, 0 until then, is the
         ``1 - nu`` quantile of each mini-batch's distances. The paper's is 10 epochs.
-    contrast_normalization : bool, default=False
-        Whether images are normalized as in the paper: less their mean, divided by
-        the mean of their absolute values, and brought to [0, 1] by the extremes of
-        all training images.
-    pretrain_steps : int, default=1000
-        Number of mini-batches for which the network is first trained as the encoder
-        of an autoencoder (sum of squared errors), 0 for none. The paper: 150 epochs,
-        some 4,500 mini-batches of 6,000 images.
-    pretrain_weight_decay : float, default=0.0005
-        Of Adam, for the autoencoder.
-    max_steps : int, default=1000
-        Number of mini-batches for the objective. The paper: 150 epochs.
-    learning_rate : float, default=0.001
-        Of Adam, for both. The paper's is 0.0001.
-    milestones : sequence of float, default=(2 / 3,)
-        At these shares of the steps, in (0, 1), the learning rate falls to a tenth.
-    weight_decay : float, default=5e-7
-        Of Adam, for the objective.
-    augmentation : "paper", None or callable, default=None
-        As in `HSCClassifier`.
-    validation_fraction : float, default=0.1
-        Share of the normal images that is not trained on, in (0, 0.5): they set the
-        threshold. At least 40 images, or a third of fewer than 120.
-    contamination : float, default=0.05
-        Share of new normal images that may fall below the threshold, in (0, 0.5].
-    image_size : int or (int, int), default=None
-        Height and width in pixels that images are resized to (bilinear, antialiased,
-        aspect not kept). None: what the network is made for, or else the images' own.
-    image_shape : (int, int, int) or (int, int), default=None
-        (channels, height, width) or (height, width) of one image, where X does not
-        tell: rows that are flattened images, or an ambiguous channel axis.
     batch_size : int, default=128
         Images in a mini-batch. The paper's is 200.
-    max_cache_bytes : int, default=2**30
-        The training images are kept in memory as the network takes them if they take
-        no more than this. Scores are the same.
-    memory : str, path or joblib.Memory, default=None
-        Folder in which images are kept as the network takes them.
-    on_error : {"raise", "skip"}, default="raise"
-        What to do about image files that cannot be read: raise an error that names
-        them all, or warn, leave them out of `fit` and score them NaN.
-    device : str, default="auto"
-        Device of torch's. "auto": CUDA or MPS where there is one, else the CPU.
-    precision : {"auto", "float32", "bfloat16"}, default="auto"
-        Without effect: all stages are trained, in float32.
-    random_state : int, RandomState instance or None, default=None
-        Seeds random weights, the held-out share, mini-batches and augmentation.
-    verbose : bool or int, default=False
-        Whether to show a progress bar. In `fit`, scikit-learn's callbacks are served
-        too (1.9 and later).
 
     Attributes
     ----------
-    backbone_ : skdeepad.backbones.Backbone
-        The network, as trained.
     center_ : ndarray of shape (n_outputs,)
         c: the mean of the outputs before the objective is trained, no entry nearer
         to zero than 0.1.
     radius_ : float
         R; 0 for "one-class".
-    stages_ : tuple of str
-        The stage whose output it is.
-    trained_stages_ : tuple of str
-        The stages that were trained.
-    loss_curve_ : ndarray of shape (n_iter_,)
-        The objective for each mini-batch.
-    n_iter_ : int
-        Number of steps taken, without those of the autoencoder.
-    offset_ : float
-        The threshold on ``score_samples``: the `contamination` quantile of the
-        training images' scores, brought to the level of held-out images.
-    image_size_ : (int, int) or None
-        Size at which the network runs; None for vectors.
-    image_shape_in_ : (int, int, int) or None
-        (channels, height, width) of the arrays seen in `fit`; None for files and
-        vectors.
-    n_features_in_ : int
-        Number of columns seen in `fit`, where X was 2-D.
-    feature_names_in_ : ndarray of str
-        Names of the columns, where X had them.
 
     See Also
     --------
@@ -320,67 +285,15 @@ class DeepSVDD(SphereDetector):
     True
     """
 
-    _parameter_constraints = {  # noqa: RUF012
-        **SphereDetector._parameter_constraints,
+    objective: str = "one-class"
+    nu: float = 0.1
+    warm_up_steps: int = 100
+
+    _parameter_constraints: ClassVar = {
         "objective": [StrOptions({"one-class", "soft-boundary"})],
         "nu": [Interval(Real, 0, 1, closed="right")],
         "warm_up_steps": [Interval(Integral, 0, None, closed="left")],
     }
-
-    def __init__(
-        self,
-        backbone: Any = "auto",
-        *,
-        weights: str | Path | None = None,
-        objective: str = "one-class",
-        nu: float = 0.1,
-        warm_up_steps: int = 100,
-        contrast_normalization: bool = False,
-        pretrain_steps: int = 1000,
-        pretrain_weight_decay: float = 5e-4,
-        max_steps: int = 1000,
-        learning_rate: float = 0.001,
-        milestones: Iterable[float] = (2 / 3,),
-        weight_decay: float = 5e-7,
-        augmentation: Any = None,
-        validation_fraction: float = 0.1,
-        contamination: float = 0.05,
-        image_size: int | tuple[int, int] | None = None,
-        image_shape: tuple[int, ...] | None = None,
-        batch_size: int = 128,
-        max_cache_bytes: int = 2**30,
-        memory: Any = None,
-        on_error: str = "raise",
-        device: str = "auto",
-        precision: str = "auto",
-        random_state: int | np.random.RandomState | None = None,
-        verbose: bool | int = False,
-    ) -> None:
-        self.backbone = backbone
-        self.weights = weights
-        self.objective = objective
-        self.nu = nu
-        self.warm_up_steps = warm_up_steps
-        self.contrast_normalization = contrast_normalization
-        self.pretrain_steps = pretrain_steps
-        self.pretrain_weight_decay = pretrain_weight_decay
-        self.max_steps = max_steps
-        self.learning_rate = learning_rate
-        self.milestones = milestones
-        self.weight_decay = weight_decay
-        self.augmentation = augmentation
-        self.validation_fraction = validation_fraction
-        self.contamination = contamination
-        self.image_size = image_size
-        self.image_shape = image_shape
-        self.batch_size = batch_size
-        self.max_cache_bytes = max_cache_bytes
-        self.memory = memory
-        self.on_error = on_error
-        self.device = device
-        self.precision = precision
-        self.random_state = random_state
-        self.verbose = verbose
 
     @classmethod
     def from_paper(cls, dataset: str = "mnist", **changes: Any) -> Any:

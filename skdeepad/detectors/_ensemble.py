@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -65,8 +66,6 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
     weights : array-like of shape (n_members,), default=None
         What each member's scores count. None: all the same, but that the default's
         cosine distances, which are squares of lengths, count half.
-    contamination : float, default=0.05
-        Share of new normal samples that may fall below the threshold, in (0, 0.5].
 
     Attributes
     ----------
@@ -107,31 +106,21 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
     (200,)
     """
 
+    estimators: Sequence[tuple[str, Any]] | None = field(default=None, kw_only=False)
+    scale: str = "log"
+    weights: ArrayLike | None = None
+
     _saved: ClassVar = {
         "estimators": BaseEstimator,
         "estimators_": BaseEstimator,
         "_held_out": HeldOutScores,
     }
 
-    _parameter_constraints = {  # noqa: RUF012
-        **AnomalyDetector._parameter_constraints,
+    _parameter_constraints: ClassVar = {
         "estimators": [list, None],
         "scale": [StrOptions({"log", "rank"})],
         "weights": ["array-like", None],
     }
-
-    def __init__(
-        self,
-        estimators: Sequence[tuple[str, Any]] | None = None,
-        *,
-        scale: str = "log",
-        weights: ArrayLike | None = None,
-        contamination: float = 0.05,
-    ) -> None:
-        self.estimators = estimators
-        self.scale = scale
-        self.weights = weights
-        self.contamination = contamination
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Give the parameters of the ensemble and of its members.

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from numbers import Integral, Real
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -60,9 +59,6 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
         is taken), or a function that makes one. "auto" is "efficientnet_lite0" for
         images and "mlp" for vectors. The papers' are "mnist_lenet" and
         "cifar10_lenet", or "resnet18" with ``weights=None`` for larger images.
-    weights : "default", "download", None or path, default="default"
-        Pretrained weights as found on this machine; the same, fetched first; random
-        ones; or a state dict's file. See `skdeepad.backbones.load_backbone`.
     objective : {"hsc", "bce", "focal"}, default="hsc"
         The loss above; binary cross-entropy, or focal loss, of a linear layer on
         top of the network (the score is minus its logit).
@@ -73,10 +69,6 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
     gamma : float, default=2.0
         For "focal": by how much samples that are classified well count for less, at
         least 0. The paper tries 0, 0.5, 2 and 4.
-    stages : str or sequence of str, default=None
-        The stages whose outputs, averaged over positions, are the features. None:
-        the last three of a pretrained network ("pool" and "conv_head" not counted,
-        which only restate the stage before them), and the last one of others.
     trainable_stages : "auto", None, str or sequence of str, default="auto"
         The stages that are trained. "auto": all stages of a network with random
         weights and of a given module, none of a pretrained one. None: none. Where
@@ -90,17 +82,8 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
     max_steps : int, default=200
         Number of mini-batches. The papers train from scratch for 150 to 200 epochs,
         some 7,000 mini-batches of 6,000 images; see `from_paper`.
-    learning_rate : float, default=0.001
-        Of Adam.
-    milestones : sequence of float, default=()
-        At these shares of the steps, in (0, 1), the learning rate falls to a tenth.
     weight_decay : float, default=0.0
         Of Adam; the papers' is 5e-7.
-    augmentation : "paper", None or callable, default=None
-        What is done to each image each time it is trained on: a function of one
-        image, a tensor of shape (channels, height, width) in [0, 1], such as
-        torchvision's transforms are. "paper": what the papers do to CIFAR-10 (a
-        little noise, colours by 1 %, mirrored, moved by up to an eighth).
     validation_fraction : float, default=0.1
         For `contamination`: share of the normal images that is not trained on, in (0,
         0.5). At least 40 images, or a third of fewer than 120.
@@ -108,63 +91,17 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
         Share of new normal images that may fall below the threshold, in (0, 0.5].
         None: no image is held out, and the threshold is where both classes are
         equally probable under the objective.
-    image_size : int or (int, int), default=None
-        Height and width in pixels that images are resized to (bilinear, antialiased,
-        aspect not kept). None: what the network was trained on, or else the images'
-        own. Smaller is faster: cost goes with the area.
-    image_shape : (int, int, int) or (int, int), default=None
-        (channels, height, width) or (height, width) of one image, where X does not
-        tell: rows that are flattened images, or an ambiguous channel axis.
     batch_size : int, default=128
         Normal images in a mini-batch; as many outliers join them, drawn anew each
         time, over and over where there are few. Also how many images the network
         sees at once otherwise.
-    max_cache_bytes : int, default=2**30
-        What frozen stages make of the training images (the images themselves, if no
-        stage is frozen) is kept in memory if it takes no more than this, and computed
-        again in each epoch otherwise. Scores are the same.
-    memory : str, path or joblib.Memory, default=None
-        Folder in which what the frozen stages make of images is kept by the content
-        of the image.
-    on_error : {"raise", "skip"}, default="raise"
-        What to do about image files that cannot be read: raise an error that names
-        them all, or warn, leave them out of `fit` and score them NaN.
-    device : str, default="auto"
-        Device of torch's. "auto": CUDA or MPS where there is one, else the CPU.
-    precision : {"auto", "float32", "bfloat16"}, default="auto"
-        Of the frozen stages: "auto" runs images in bfloat16 where the processor is
-        made for it (AMX, AVX512-BF16, CUDA). What is trained is in float32.
-    random_state : int, RandomState instance or None, default=None
-        Seeds random weights, the held-out share, mini-batches and augmentation.
-    verbose : bool or int, default=False
-        Whether to show a progress bar. In `fit`, scikit-learn's callbacks are served
-        too (1.9 and later).
 
     Attributes
     ----------
     classes_ : ndarray of shape (2,)
         The labels, sorted; ``classes_[1]`` is normal.
-    backbone_ : skdeepad.backbones.Backbone
-        The network, as trained.
-    stages_ : tuple of str
-        The stages that give the features.
-    trained_stages_ : tuple of str
-        The stages that were trained.
-    loss_curve_ : ndarray of shape (n_iter_,)
-        The loss of each mini-batch.
-    n_iter_ : int
-        Number of steps taken.
     offset_ : float
         The threshold on ``score_samples``.
-    image_size_ : (int, int) or None
-        Size at which the network runs; None for vectors.
-    image_shape_in_ : (int, int, int) or None
-        (channels, height, width) of the arrays seen in `fit`; None for files and
-        vectors.
-    n_features_in_ : int
-        Number of columns seen in `fit`, where X was 2-D.
-    feature_names_in_ : ndarray of str
-        Names of the columns, where X had them.
 
     See Also
     --------
@@ -195,8 +132,14 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
     True
     """
 
-    _parameter_constraints = {  # noqa: RUF012
-        **FineTunedDetector._parameter_constraints,
+    objective: str = "hsc"
+    norm: str = "pseudo_huber"
+    gamma: float = 2.0
+    projection: int | str | None = "auto"
+    contamination: float | None = 0.05  # type: ignore[assignment]
+    max_steps: int = 200
+
+    _parameter_constraints: ClassVar = {
         "objective": [StrOptions({"hsc", "bce", "focal"})],
         "norm": [StrOptions({"pseudo_huber", "l2_squared", "l2", "l1"})],
         "gamma": [Interval(Real, 0, None, closed="left")],
@@ -207,61 +150,6 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
         ],
         "contamination": [Interval(Real, 0, 0.5, closed="right"), None],
     }
-
-    def __init__(
-        self,
-        backbone: Any = "auto",
-        *,
-        weights: str | Path | None = "default",
-        objective: str = "hsc",
-        norm: str = "pseudo_huber",
-        gamma: float = 2.0,
-        stages: str | Iterable[str] | None = None,
-        trainable_stages: str | Iterable[str] | None = "auto",
-        projection: int | str | None = "auto",
-        max_steps: int = 200,
-        learning_rate: float = 0.001,
-        milestones: Iterable[float] = (),
-        weight_decay: float = 0.0,
-        augmentation: Any = None,
-        validation_fraction: float = 0.1,
-        contamination: float | None = 0.05,
-        image_size: int | tuple[int, int] | None = None,
-        image_shape: tuple[int, ...] | None = None,
-        batch_size: int = 128,
-        max_cache_bytes: int = 2**30,
-        memory: Any = None,
-        on_error: str = "raise",
-        device: str = "auto",
-        precision: str = "auto",
-        random_state: int | np.random.RandomState | None = None,
-        verbose: bool | int = False,
-    ) -> None:
-        self.backbone = backbone
-        self.weights = weights
-        self.objective = objective
-        self.norm = norm
-        self.gamma = gamma
-        self.stages = stages
-        self.trainable_stages = trainable_stages
-        self.projection = projection
-        self.max_steps = max_steps
-        self.learning_rate = learning_rate
-        self.milestones = milestones
-        self.weight_decay = weight_decay
-        self.augmentation = augmentation
-        self.validation_fraction = validation_fraction
-        self.contamination = contamination  # type: ignore[assignment]
-        self.image_size = image_size
-        self.image_shape = image_shape
-        self.batch_size = batch_size
-        self.max_cache_bytes = max_cache_bytes
-        self.memory = memory
-        self.on_error = on_error
-        self.device = device
-        self.precision = precision
-        self.random_state = random_state
-        self.verbose = verbose
 
     @classmethod
     def from_paper(cls, dataset: str = "mnist", **changes: Any) -> Any:

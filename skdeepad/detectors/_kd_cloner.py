@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import compress, islice
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -31,7 +30,7 @@ from ..localization import MapPass, fit_size, gradient, guided, refine, smoothgr
 from ..scorers._base import row_digests
 from ..training import DivergedError, batchnorm_batches, train
 from ._base import (
-    BackboneDetector,
+    TrainedDetector,
     as_unseen,
     by_rank_as_unseen,
     find_related,
@@ -86,7 +85,7 @@ class Augmentation:
         return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-class KDClonerEstimator(BackboneDetector):
+class KDClonerEstimator(TrainedDetector):
     """Multiresolution knowledge distillation: a cloner that knows normal images only.
 
     A small network, the cloner, learns on normal images to give the activations that
@@ -106,9 +105,6 @@ class KDClonerEstimator(BackboneDetector):
         The source: a name of `skdeepad.backbones.list_backbones`, a module (a copy is
         taken), or a function that makes one. "auto" is "efficientnet_lite0" for
         images and "mlp" for vectors. "vgg16" is the paper's.
-    weights : "default", "download", None or path, default="default"
-        The source's weights as found on this machine; the same, fetched first; random
-        ones; or a state dict's file. See `skdeepad.backbones.load_backbone`.
     cloner : {"compact", "equal"}, torch.nn.Module or callable, default="compact"
         The network that learns. Both of ours have a block for each stage of the
         source, without biases, so that constants are not all they can learn; layers
@@ -149,8 +145,6 @@ class KDClonerEstimator(BackboneDetector):
     tol : float, default=0.001
         Training stops when the mean loss over 100 mini-batches is no lower than
         ``(1 - tol)`` times that of the 100 before.
-    learning_rate : float, default=0.001
-        Of Adam.
     rotation : float, default=0.0
         Images are turned at random by up to so many degrees in training. The paper's
         setting for few images is 20.
@@ -176,18 +170,6 @@ default="discrepancy"
         For "smoothgrad": how many noisy copies of each image there are.
     noise : float, default=0.05
         For "smoothgrad": the noise's standard deviation, for pixels in [0, 1].
-    validation_fraction : float, default=0.1
-        Share of the normal images that is not trained on, in (0, 0.5): they set the
-        threshold. At least 40 images, or a third of fewer than 120.
-    contamination : float, default=0.05
-        Share of new normal images that may fall below the threshold, in (0, 0.5].
-    image_size : int or (int, int), default=None
-        Height and width in pixels that images are resized to (bilinear, antialiased,
-        aspect not kept). None: what the source was trained on, or else the images'
-        own. Smaller is faster: cost goes with the area.
-    image_shape : (int, int, int) or (int, int), default=None
-        (channels, height, width) or (height, width) of one image, where X does not
-        tell: rows that are flattened images, or an ambiguous channel axis.
     batch_size : int, default=32
         How many samples the networks see at once, in training and in scoring. The
         paper's is 64.
@@ -198,11 +180,6 @@ default="discrepancy"
     memory : str, path or joblib.Memory, default=None
         Folder in which what the source makes of training images, and the losses of
         scored ones, are kept by the content of the image.
-    on_error : {"raise", "skip"}, default="raise"
-        What to do about image files that cannot be read: raise an error that names
-        them all, or warn, leave them out of `fit` and score them NaN.
-    device : str, default="auto"
-        Device of torch's. "auto": CUDA or MPS where there is one, else the CPU.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
         Of both networks: "auto" runs images in bfloat16 where the processor is made
         for it (AMX, AVX512-BF16, CUDA), in training by automatic mixed precision.
@@ -210,9 +187,6 @@ default="discrepancy"
     random_state : int, RandomState instance or None, default=None
         Seeds the cloner's weights, random weights of the source, the held-out share,
         mini-batches, augmentation and noise.
-    verbose : bool or int, default=False
-        Whether to show a progress bar. In `fit`, scikit-learn's callbacks are served
-        too (1.9 and later).
 
     Attributes
     ----------
@@ -226,22 +200,6 @@ default="discrepancy"
         Those that are scored by.
     direction_weight_ : float
         Lambda of Eq. 4.
-    loss_curve_ : ndarray of shape (n_iter_,)
-        The loss of each mini-batch.
-    n_iter_ : int
-        Number of steps taken.
-    offset_ : float
-        The threshold on ``score_samples``: the `contamination` quantile of the
-        training images' scores, brought to the level of held-out images.
-    image_size_ : (int, int) or None
-        Size at which the networks run; None for vectors.
-    image_shape_in_ : (int, int, int) or None
-        (channels, height, width) of the arrays seen in `fit`; None for files and
-        vectors.
-    n_features_in_ : int
-        Number of columns seen in `fit`, where X was 2-D.
-    feature_names_in_ : ndarray of str
-        Names of the columns, where X had them.
 
     See Also
     --------
@@ -268,14 +226,30 @@ default="discrepancy"
     (3, 8, 8)
     """
 
+    cloner: Any = "compact"
+    stages: str | Iterable[str] | None = None
+    score_stages: str | Iterable[str] | None = None
+    discrepancy: str = "loss"
+    loss: str = "total"
+    direction_weight: float | str = "auto"
+    standardize: bool = True
+    max_steps: int = 400
+    tol: float = 1e-3
+    rotation: float = 0.0
+    scaling: tuple[float, float] = (1.0, 1.0)
+    localization: str = "discrepancy"
+    sigma: float = 4.0
+    opening: bool = True
+    n_noisy: int = 50
+    noise: float = 0.05
+
     _saved: ClassVar = {
         "cloner": nn.Module,
         "cloner_": nn.Module,
         "_network": SourceAndCloner,
     }
 
-    _parameter_constraints = {  # noqa: RUF012
-        **BackboneDetector._parameter_constraints,
+    _parameter_constraints: ClassVar = {
         "cloner": [StrOptions({"compact", "equal"}), callable],
         "stages": [str, tuple, list, None],
         "score_stages": [str, tuple, list, None],
@@ -286,9 +260,7 @@ default="discrepancy"
             StrOptions({"auto"}),
         ],
         "standardize": ["boolean"],
-        "max_steps": [Interval(Integral, 1, None, closed="left")],
         "tol": [Interval(Real, None, 1, closed="left")],
-        "learning_rate": [Interval(Real, 0, None, closed="neither")],
         "rotation": [Interval(Real, 0, 180, closed="both")],
         "scaling": [tuple, list],
         "localization": [StrOptions(LOCALIZATIONS)],
@@ -296,76 +268,7 @@ default="discrepancy"
         "opening": ["boolean"],
         "n_noisy": [Interval(Integral, 1, None, closed="left")],
         "noise": [Interval(Real, 0, None, closed="left")],
-        "validation_fraction": [Interval(Real, 0, 0.5, closed="neither")],
-        "max_cache_bytes": [Interval(Integral, 0, None, closed="left")],
     }
-
-    def __init__(
-        self,
-        backbone: Any = "auto",
-        *,
-        weights: str | Path | None = "default",
-        cloner: Any = "compact",
-        stages: str | Iterable[str] | None = None,
-        score_stages: str | Iterable[str] | None = None,
-        discrepancy: str = "loss",
-        loss: str = "total",
-        direction_weight: float | str = "auto",
-        standardize: bool = True,
-        max_steps: int = 400,
-        tol: float = 1e-3,
-        learning_rate: float = 0.001,
-        rotation: float = 0.0,
-        scaling: tuple[float, float] = (1.0, 1.0),
-        localization: str = "discrepancy",
-        sigma: float = 4.0,
-        opening: bool = True,
-        n_noisy: int = 50,
-        noise: float = 0.05,
-        validation_fraction: float = 0.1,
-        contamination: float = 0.05,
-        image_size: int | tuple[int, int] | None = None,
-        image_shape: tuple[int, ...] | None = None,
-        batch_size: int = 32,
-        max_cache_bytes: int = 2**30,
-        memory: Any = None,
-        on_error: str = "raise",
-        device: str = "auto",
-        precision: str = "auto",
-        random_state: int | np.random.RandomState | None = None,
-        verbose: bool | int = False,
-    ) -> None:
-        self.backbone = backbone
-        self.weights = weights
-        self.cloner = cloner
-        self.stages = stages
-        self.score_stages = score_stages
-        self.discrepancy = discrepancy
-        self.loss = loss
-        self.direction_weight = direction_weight
-        self.standardize = standardize
-        self.max_steps = max_steps
-        self.tol = tol
-        self.learning_rate = learning_rate
-        self.rotation = rotation
-        self.scaling = scaling
-        self.localization = localization
-        self.sigma = sigma
-        self.opening = opening
-        self.n_noisy = n_noisy
-        self.noise = noise
-        self.validation_fraction = validation_fraction
-        self.contamination = contamination
-        self.image_size = image_size
-        self.image_shape = image_shape
-        self.batch_size = batch_size
-        self.max_cache_bytes = max_cache_bytes
-        self.memory = memory
-        self.on_error = on_error
-        self.device = device
-        self.precision = precision
-        self.random_state = random_state
-        self.verbose = verbose
 
     @classmethod
     def from_paper(cls, **changes: Any) -> Any:

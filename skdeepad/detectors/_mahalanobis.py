@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -45,13 +44,6 @@ class MahalanobisFeatureScorer(
 
     Parameters
     ----------
-    backbone : str, torch.nn.Module or callable, default="auto"
-        The network: a name of `skdeepad.backbones.list_backbones`, a module (a copy
-        is taken), or a function that makes one. "auto" is "efficientnet_lite0" for
-        images and "mlp" for vectors.
-    weights : "default", "download", None or path, default="default"
-        Pretrained weights as found on this machine; the same, fetched first; random
-        ones; or a state dict's file. See `skdeepad.backbones.load_backbone`.
     stages : str or sequence of str, default=None
         The stages whose features count. None: the last three, "pool" and
         "conv_head" not counted, which only restate the stage before them.
@@ -64,55 +56,14 @@ class MahalanobisFeatureScorer(
 estimator, default="ledoit_wolf"
         How the covariance is estimated; see `GaussianScorer`. The default
         can be inverted however few images there are.
-    contamination : float, default=0.05
-        Share of new normal images that may fall below the threshold, in (0, 0.5].
-    image_size : int or (int, int), default=None
-        Height and width in pixels that images are resized to (bilinear, antialiased,
-        aspect not kept). None: what the network was trained on, or else the images'
-        own. Smaller is faster: cost goes with the area.
-    image_shape : (int, int, int) or (int, int), default=None
-        (channels, height, width) or (height, width) of one image, where X does not
-        tell: rows that are flattened images, or an ambiguous channel axis.
-    batch_size : int, default=32
-        How many samples the network sees at once. The last batch is padded.
-    memory : str, path or joblib.Memory, default=None
-        Folder in which features are kept by the content of their sample, for the
-        folds and candidates of a grid search in all of its processes.
-    on_error : {"raise", "skip"}, default="raise"
-        What to do about image files that cannot be read: raise an error that names
-        them all, or warn, leave them out of `fit` and score them NaN.
-    device : str, default="auto"
-        Device of torch's. "auto": CUDA or MPS where there is one, else the CPU.
-    precision : {"auto", "float32", "bfloat16"}, default="auto"
-        Of the network: "auto" runs images in bfloat16 where the processor is made
-        for it (AMX, AVX512-BF16, CUDA). Distances are in float64 always.
-    random_state : int, RandomState instance or None, default=None
-        Seeds random weights.
-    verbose : bool or int, default=False
-        Whether to show a progress bar. In `fit`, scikit-learn's callbacks are served
-        too (1.9 and later).
 
     Attributes
     ----------
-    backbone_ : skdeepad.backbones.Backbone
-        The frozen network. Pretrained ones are shared in the process and pickled by
-        name.
-    stages_ : tuple of str
-        The stages used.
     offset_ : float
         The threshold on ``score_samples``: the `contamination` quantile of the
         training images' leave-one-out scores.
     n_samples_seen_ : int
         Number of normal images trained on, over all calls of `partial_fit`.
-    image_size_ : (int, int) or None
-        Size at which the network runs; None for vectors.
-    image_shape_in_ : (int, int, int) or None
-        (channels, height, width) of the arrays seen in `fit`; None for files and
-        vectors.
-    n_features_in_ : int
-        Number of columns seen in `fit`, where X was 2-D.
-    feature_names_in_ : ndarray of str
-        Names of the columns, where X had them.
 
     See Also
     --------
@@ -141,49 +92,17 @@ estimator, default="ledoit_wolf"
     True
     """
 
+    stages: str | Iterable[str] | None = None
+    joint: bool = True
+    covariance: Any = "ledoit_wolf"
+
     _saved: ClassVar = {"covariance": BaseEstimator, "_gaussians": GaussianScorer}
 
-    _parameter_constraints = {  # noqa: RUF012
-        **BackboneDetector._parameter_constraints,
+    _parameter_constraints: ClassVar = {
         **GaussianScorer._parameter_constraints,
         "stages": [str, tuple, list, None],
         "joint": ["boolean"],
     }
-
-    def __init__(
-        self,
-        backbone: Any = "auto",
-        *,
-        weights: str | Path | None = "default",
-        stages: str | Iterable[str] | None = None,
-        joint: bool = True,
-        covariance: Any = "ledoit_wolf",
-        contamination: float = 0.05,
-        image_size: int | tuple[int, int] | None = None,
-        image_shape: tuple[int, ...] | None = None,
-        batch_size: int = 32,
-        memory: Any = None,
-        on_error: str = "raise",
-        device: str = "auto",
-        precision: str = "auto",
-        random_state: int | np.random.RandomState | None = None,
-        verbose: bool | int = False,
-    ) -> None:
-        self.backbone = backbone
-        self.weights = weights
-        self.stages = stages
-        self.joint = joint
-        self.covariance = covariance
-        self.contamination = contamination
-        self.image_size = image_size
-        self.image_shape = image_shape
-        self.batch_size = batch_size
-        self.memory = memory
-        self.on_error = on_error
-        self.device = device
-        self.precision = precision
-        self.random_state = random_state
-        self.verbose = verbose
 
     def _default_stages(self, backbone: Backbone) -> Iterable[str]:
         return backbone.block_names[-N_STAGES:]

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -135,13 +134,6 @@ class OpenSetClassifier(ClassifierMixin, FineTunedDetector):
 
     Parameters
     ----------
-    backbone : str, torch.nn.Module or callable, default="auto"
-        The network: a name of `skdeepad.backbones.list_backbones`, a module (a copy
-        is taken), or a function that makes one. "auto" is "efficientnet_lite0" for
-        images and "mlp" for vectors.
-    weights : "default", "download", None or path, default="default"
-        Pretrained weights as found on this machine; the same, fetched first; random
-        ones; or a state dict's file. See `skdeepad.backbones.load_backbone`.
     head : {"linear", "inner", "cosine", "euclidean", "given"}, default="linear"
         What turns features into logits. "linear": one layer. "inner", "cosine",
         "euclidean": Generalized ODIN's ``h_i(z) / g(z)`` [2]_, with that h. "given":
@@ -165,88 +157,22 @@ default="max_logit"
         probabilities are averaged.
     n_jobs : int, default=None
         How many members are trained at once, as in joblib.
-    stages : str or sequence of str, default=None
-        The stages whose outputs, averaged over positions, are the features. None:
-        the last three of a pretrained network ("pool" and "conv_head" not counted,
-        which only restate the stage before them), and the last one of others.
-    trainable_stages : "auto", None, str or sequence of str, default="auto"
-        The stages that are trained. "auto": all stages of a network with random
-        weights and of a given module, none of a pretrained one. None: none. Where
-        all are trained, BatchNorm learns, too.
     max_steps : int, default=500
         Number of mini-batches.
-    learning_rate : float, default=0.001
-        Of Adam.
-    milestones : sequence of float, default=()
-        At these shares of the steps, in (0, 1), the learning rate falls to a tenth.
     weight_decay : float, default=0.0
         Of Adam; h of Generalized ODIN has none.
-    augmentation : "paper", None or callable, default=None
-        As in `HSCClassifier`.
-    validation_fraction : float, default=0.1
-        Share of the images that is not trained on, in (0, 0.5): they set the
-        threshold. At least 40 images, or a third of fewer than 120.
     contamination : float, default=0.05
         Share of new images of known classes that may fall below the threshold, in
         (0, 0.5].
-    image_size : int or (int, int), default=None
-        Height and width in pixels that images are resized to (bilinear, antialiased,
-        aspect not kept). None: what the network was trained on, or else the images'
-        own. Smaller is faster: cost goes with the area.
-    image_shape : (int, int, int) or (int, int), default=None
-        (channels, height, width) or (height, width) of one image, where X does not
-        tell: rows that are flattened images, or an ambiguous channel axis.
-    batch_size : int, default=128
-        How many images the network sees at once, in training and in scoring.
-    max_cache_bytes : int, default=2**30
-        What frozen stages make of the training images (the images themselves, if no
-        stage is frozen) is kept in memory if it takes no more than this, and computed
-        again in each epoch otherwise. Scores are the same.
-    memory : str, path or joblib.Memory, default=None
-        Folder in which what the frozen stages make of images is kept by the content
-        of the image.
-    on_error : {"raise", "skip"}, default="raise"
-        What to do about image files that cannot be read: raise an error that names
-        them all, or warn, leave them out of `fit` and score them NaN.
-    device : str, default="auto"
-        Device of torch's. "auto": CUDA or MPS where there is one, else the CPU.
-    precision : {"auto", "float32", "bfloat16"}, default="auto"
-        Of the frozen stages: "auto" runs images in bfloat16 where the processor is
-        made for it (AMX, AVX512-BF16, CUDA). What is trained is in float32.
-    random_state : int, RandomState instance or None, default=None
-        Seeds random weights, the held-out share, mini-batches and augmentation.
-    verbose : bool or int, default=False
-        Whether to show a progress bar. In `fit`, scikit-learn's callbacks are served
-        too (1.9 and later).
 
     Attributes
     ----------
     classes_ : ndarray of shape (n_classes,)
         The known classes, sorted.
-    backbone_ : skdeepad.backbones.Backbone
-        The network, as trained.
     estimators_ : list of OpenSetClassifier
         The members of an ensemble; none, if there is but one.
-    stages_ : tuple of str
-        The stages that give the features.
-    trained_stages_ : tuple of str
-        The stages that were trained.
     loss_curve_ : ndarray of shape (n_iter_,)
         The loss of each mini-batch; of an ensemble, the members' mean.
-    n_iter_ : int
-        Number of steps taken.
-    offset_ : float
-        The threshold on ``score_samples``: the `contamination` quantile of the
-        training images' scores, brought to the level of held-out images.
-    image_size_ : (int, int) or None
-        Size at which the network runs; None for vectors.
-    image_shape_in_ : (int, int, int) or None
-        (channels, height, width) of the arrays seen in `fit`; None for files and
-        vectors.
-    n_features_in_ : int
-        Number of columns seen in `fit`, where X was 2-D.
-    feature_names_in_ : ndarray of str
-        Names of the columns, where X had them.
 
     See Also
     --------
@@ -274,10 +200,17 @@ default="max_logit"
     True
     """
 
+    head: str = "linear"
+    anomaly_score: str = "max_logit"
+    perturbation: float = 0.0
+    reconstruction_weight: float = 0.0
+    n_members: int = 1
+    n_jobs: int | None = None
+    max_steps: int = 500
+
     _saved: ClassVar = {"estimators_": BaseEstimator}
 
-    _parameter_constraints = {  # noqa: RUF012
-        **FineTunedDetector._parameter_constraints,
+    _parameter_constraints: ClassVar = {
         "head": [StrOptions({"linear", "given", *GODIN})],
         "anomaly_score": [StrOptions(set(SCORES))],
         "perturbation": [Interval(Real, 0, None, closed="left")],
@@ -285,65 +218,6 @@ default="max_logit"
         "n_members": [Interval(Integral, 1, None, closed="left")],
         "n_jobs": [Integral, None],
     }
-
-    def __init__(
-        self,
-        backbone: Any = "auto",
-        *,
-        weights: str | Path | None = "default",
-        head: str = "linear",
-        anomaly_score: str = "max_logit",
-        perturbation: float = 0.0,
-        reconstruction_weight: float = 0.0,
-        n_members: int = 1,
-        n_jobs: int | None = None,
-        stages: str | Iterable[str] | None = None,
-        trainable_stages: str | Iterable[str] | None = "auto",
-        max_steps: int = 500,
-        learning_rate: float = 0.001,
-        milestones: Iterable[float] = (),
-        weight_decay: float = 0.0,
-        augmentation: Any = None,
-        validation_fraction: float = 0.1,
-        contamination: float = 0.05,
-        image_size: int | tuple[int, int] | None = None,
-        image_shape: tuple[int, ...] | None = None,
-        batch_size: int = 128,
-        max_cache_bytes: int = 2**30,
-        memory: Any = None,
-        on_error: str = "raise",
-        device: str = "auto",
-        precision: str = "auto",
-        random_state: int | np.random.RandomState | None = None,
-        verbose: bool | int = False,
-    ) -> None:
-        self.backbone = backbone
-        self.weights = weights
-        self.head = head
-        self.anomaly_score = anomaly_score
-        self.perturbation = perturbation
-        self.reconstruction_weight = reconstruction_weight
-        self.n_members = n_members
-        self.n_jobs = n_jobs
-        self.stages = stages
-        self.trainable_stages = trainable_stages
-        self.max_steps = max_steps
-        self.learning_rate = learning_rate
-        self.milestones = milestones
-        self.weight_decay = weight_decay
-        self.augmentation = augmentation
-        self.validation_fraction = validation_fraction
-        self.contamination = contamination
-        self.image_size = image_size
-        self.image_shape = image_shape
-        self.batch_size = batch_size
-        self.max_cache_bytes = max_cache_bytes
-        self.memory = memory
-        self.on_error = on_error
-        self.device = device
-        self.precision = precision
-        self.random_state = random_state
-        self.verbose = verbose
 
     @keep_state_on_error
     @_fit_context(prefer_skip_nested_validation=True)

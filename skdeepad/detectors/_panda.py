@@ -52,7 +52,7 @@ from ..objectives import compactness, elastic_penalty, outlier_exposure
 from ..scorers import CentroidScorer, KMeansScorer, KNNScorer
 from ..scorers._base import Scorer, row_digests
 from ..training import DivergedError, balanced_batches, shuffled_batches, train
-from ._base import BackboneDetector, as_unseen, find_related, hold_out
+from ._base import TrainedDetector, as_unseen, find_related, hold_out
 
 SCORERS = {"knn": KNNScorer, "kmeans": KMeansScorer, "centroid": CentroidScorer}
 ADAPTATIONS = {"early_stopping", "ses", "ewc", "joint", "outlier_exposure"}
@@ -173,7 +173,7 @@ class Adaptation:
 class PANDAEstimator(
     ClassNamePrefixFeaturesOutMixin,
     TransformerMixin,
-    BackboneDetector,
+    TrainedDetector,
 ):
     """PANDA: pretrained features, adapted to the normal images without collapse.
 
@@ -188,14 +188,6 @@ class PANDAEstimator(
 
     Parameters
     ----------
-    backbone : str, torch.nn.Module or callable, default="auto"
-        The network: a name of `skdeepad.backbones.list_backbones`, a module (a copy
-        is taken), or a function that makes one. "auto" is "efficientnet_lite0" for
-        images and "mlp" for vectors. Its last stage's output, averaged over
-        positions, is the feature.
-    weights : "default", "download", None or path, default="default"
-        Pretrained weights as found on this machine; the same, fetched first; random
-        ones; or a state dict's file. See `skdeepad.backbones.load_backbone`.
     adaptation : {"ewc", "early_stopping", "ses", "joint", "outlier_exposure"} or \
 None, default="ewc"
         What keeps features from collapse.
@@ -257,69 +249,22 @@ None, default="ewc"
         Share of the normal images that is not trained on, in (0, 0.5): they tell what
         distance is typical of new ones (Appendix D). At least 40 images, or a third
         of fewer than 120.
-    contamination : float, default=0.05
-        Share of new normal images that may fall below the threshold, in (0, 0.5].
-    image_size : int or (int, int), default=None
-        Height and width in pixels that images are resized to (bilinear, antialiased,
-        aspect not kept). None: what the network was trained on, or else the images'
-        own. Smaller is faster: cost goes with the area.
-    image_shape : (int, int, int) or (int, int), default=None
-        (channels, height, width) or (height, width) of one image, where X does not
-        tell: rows that are flattened images, or an ambiguous channel axis.
-    batch_size : int, default=32
-        How many samples the network sees at once, in training and in scoring.
-    max_cache_bytes : int, default=2**30
-        What the frozen stages make of the training images is kept in memory if it
-        takes no more than this, and computed again for each mini-batch otherwise.
-        Scores are the same.
-    memory : str, path or joblib.Memory, default=None
-        Folder in which what the frozen stages make of images is kept by the content
-        of the image, for the folds and candidates of a grid search in all of its
-        processes.
-    on_error : {"raise", "skip"}, default="raise"
-        What to do about image files that cannot be read: raise an error that names
-        them all, or warn, leave them out of `fit` and score them NaN.
-    device : str, default="auto"
-        Device of torch's. "auto": CUDA or MPS where there is one, else the CPU.
-    precision : {"auto", "float32", "bfloat16"}, default="auto"
-        Of the frozen stages, and of the trained ones in scoring: "auto" runs images
-        in bfloat16 where the processor is made for it (AMX, AVX512-BF16, CUDA).
-        Training is in float32, distances are in float64.
     random_state : int, RandomState instance or None, default=None
         Seeds random weights, the held-out share, mini-batches, drawn outcomes, and
         the scorer, where it has a `random_state` that is None.
-    verbose : bool or int, default=False
-        Whether to show a progress bar. In `fit`, scikit-learn's callbacks are served
-        too (1.9 and later).
 
     Attributes
     ----------
     backbone_ : skdeepad.backbones.Backbone
         The network as it was before.
-    trained_stages_ : tuple of str
-        The stages that were trained.
     stages_ : tuple of str
         The stage whose output is the feature: the last.
+    trained_stages_ : tuple of str
+        The stages that were trained.
     checkpoints_ : tuple of int
         The steps at which the trained stages were kept, to score by.
     scorers_ : list of outlier detectors
         One fitted scorer for each checkpoint.
-    loss_curve_ : ndarray of shape (n_iter_,)
-        The loss of each mini-batch.
-    n_iter_ : int
-        Number of steps taken.
-    offset_ : float
-        The threshold on ``score_samples``: the `contamination` quantile of the
-        training images' scores, brought to the level of held-out images.
-    image_size_ : (int, int) or None
-        Size at which the network runs; None for vectors.
-    image_shape_in_ : (int, int, int) or None
-        (channels, height, width) of the arrays seen in `fit`; None for files and
-        vectors.
-    n_features_in_ : int
-        Number of columns seen in `fit`, where X was 2-D.
-    feature_names_in_ : ndarray of str
-        Names of the columns, where X had them.
 
     See Also
     --------
@@ -354,6 +299,21 @@ None, default="ewc"
     True
     """
 
+    adaptation: str | None = "ewc"
+    trainable_stages: str | Iterable[str] | None = None
+    normalize: bool = True
+    scorer: Any = "knn"
+    include_initial: bool = True
+    max_steps: int = 30
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    ewc_lambda: float = 0.3
+    fisher: Any = None
+    joint_alpha: float = 0.1
+    n_checkpoints: int = 10
+
     _saved: ClassVar = {
         "scorer": BaseEstimator,
         "scorers_": BaseEstimator,
@@ -361,15 +321,12 @@ None, default="ewc"
         "_logit": nn.Linear,
     }
 
-    _parameter_constraints = {  # noqa: RUF012
-        **BackboneDetector._parameter_constraints,
+    _parameter_constraints: ClassVar = {
         "adaptation": [StrOptions(ADAPTATIONS), None],
         "trainable_stages": [str, tuple, list, None],
         "normalize": ["boolean"],
         "scorer": [StrOptions(set(SCORERS)), HasMethods(["fit", "score_samples"])],
         "include_initial": ["boolean"],
-        "max_steps": [Interval(Integral, 1, None, closed="left")],
-        "learning_rate": [Interval(Real, 0, None, closed="neither")],
         "momentum": [Interval(Real, 0, 1, closed="left")],
         "weight_decay": [Interval(Real, 0, None, closed="left")],
         "clip_norm": [Interval(Real, 0, None, closed="neither"), None],
@@ -377,70 +334,7 @@ None, default="ewc"
         "fisher": [str, Path, Mapping, None],
         "joint_alpha": [Interval(Real, 0, None, closed="left")],
         "n_checkpoints": [Interval(Integral, 1, None, closed="left")],
-        "validation_fraction": [Interval(Real, 0, 0.5, closed="neither")],
-        "max_cache_bytes": [Interval(Integral, 0, None, closed="left")],
     }
-
-    def __init__(
-        self,
-        backbone: Any = "auto",
-        *,
-        weights: str | Path | None = "default",
-        adaptation: str | None = "ewc",
-        trainable_stages: str | Iterable[str] | None = None,
-        normalize: bool = True,
-        scorer: Any = "knn",
-        include_initial: bool = True,
-        max_steps: int = 30,
-        learning_rate: float = 0.01,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        clip_norm: float | None = 1.0,
-        ewc_lambda: float = 0.3,
-        fisher: Any = None,
-        joint_alpha: float = 0.1,
-        n_checkpoints: int = 10,
-        validation_fraction: float = 0.1,
-        contamination: float = 0.05,
-        image_size: int | tuple[int, int] | None = None,
-        image_shape: tuple[int, ...] | None = None,
-        batch_size: int = 32,
-        max_cache_bytes: int = 2**30,
-        memory: Any = None,
-        on_error: str = "raise",
-        device: str = "auto",
-        precision: str = "auto",
-        random_state: int | np.random.RandomState | None = None,
-        verbose: bool | int = False,
-    ) -> None:
-        self.backbone = backbone
-        self.weights = weights
-        self.adaptation = adaptation
-        self.trainable_stages = trainable_stages
-        self.normalize = normalize
-        self.scorer = scorer
-        self.include_initial = include_initial
-        self.max_steps = max_steps
-        self.learning_rate = learning_rate
-        self.momentum = momentum
-        self.weight_decay = weight_decay
-        self.clip_norm = clip_norm
-        self.ewc_lambda = ewc_lambda
-        self.fisher = fisher
-        self.joint_alpha = joint_alpha
-        self.n_checkpoints = n_checkpoints
-        self.validation_fraction = validation_fraction
-        self.contamination = contamination
-        self.image_size = image_size
-        self.image_shape = image_shape
-        self.batch_size = batch_size
-        self.max_cache_bytes = max_cache_bytes
-        self.memory = memory
-        self.on_error = on_error
-        self.device = device
-        self.precision = precision
-        self.random_state = random_state
-        self.verbose = verbose
 
     @classmethod
     def from_paper(cls, adaptation: str | None = "ewc", **changes: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from math import prod
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -36,7 +36,7 @@ from ..inference import (
 from ..inputs import Vectors, chunks
 from ..scorers._base import row_digests
 from ..training import DivergedError, train
-from ._base import N_STAGES, BackboneDetector, by_rank_as_unseen, find_related, hold_out
+from ._base import N_STAGES, TrainedDetector, by_rank_as_unseen, find_related, hold_out
 
 DECAY = 0.1  # of the learning rate at a milestone
 SPREAD = 1e-4  # of scores, relative to their size: less is none
@@ -129,33 +129,46 @@ class FirstPass(NamedTuple):
     digests: NDArray[np.uint64]  # by which exact copies are known
 
 
-class TrainedDetector(BackboneDetector):
+class ObjectiveDetector(TrainedDetector):
     """Base of the detectors that train a network under an objective of its outputs.
 
     A subclass defines `fit`, which calls `_cut`, `_pass_once` and `_train`, and
     ``_score(outputs)``.
+
+    Parameters
+    ----------
+    batch_size : int, default=128
+        How many images the network is given at once, in training and in scoring.
+    milestones : sequence of float, default=()
+        At these shares of the steps, in (0, 1), the learning rate falls to a tenth.
+    weight_decay : float, default=0.0
+        Of Adam.
+    augmentation : "paper", None or callable, default=None
+        What is done to each image each time it is trained on: a function of one
+        image, a tensor of shape (channels, height, width) in [0, 1], such as
+        torchvision's transforms are. "paper": what Ruff et al. (2020) do to CIFAR-10
+        (a little noise, colours by 1 %, mirrored, moved by up to an eighth).
+
+    Attributes
+    ----------
+    backbone_ : skdeepad.backbones.Backbone
+        The network, as trained.
+    trained_stages_ : tuple of str
+        The stages that were trained.
     """
+
+    batch_size: int = 128
+    milestones: Iterable[float] = ()
+    weight_decay: float = 0.0
+    augmentation: Any = None
 
     _saved: ClassVar = {"_network": TrainedEnd}
 
-    _parameter_constraints = {  # noqa: RUF012
-        **BackboneDetector._parameter_constraints,
-        "max_steps": [Interval(Integral, 1, None, closed="left")],
-        "learning_rate": [Interval(Real, 0, None, closed="neither")],
+    _parameter_constraints: ClassVar = {
         "milestones": [tuple, list],
         "weight_decay": [Interval(Real, 0, None, closed="left")],
         "augmentation": [StrOptions({"paper"}), callable, None],
-        "validation_fraction": [Interval(Real, 0, 0.5, closed="neither")],
-        "max_cache_bytes": [Interval(Integral, 0, None, closed="left")],
     }
-
-    max_steps: int
-    learning_rate: float
-    milestones: Any
-    weight_decay: float
-    augmentation: Any
-    validation_fraction: float
-    max_cache_bytes: int
 
     def _cut(
         self,
@@ -356,16 +369,32 @@ class TrainedDetector(BackboneDetector):
             yield index, task.run(torch.from_numpy(rows))
 
 
-class FineTunedDetector(TrainedDetector):
-    """Base of those that take pretrained networks, too, frozen or trained in part."""
+class FineTunedDetector(ObjectiveDetector):
+    """Base of those that take pretrained networks, too, frozen or trained in part.
 
-    _parameter_constraints = {  # noqa: RUF012
-        **TrainedDetector._parameter_constraints,
+    Parameters
+    ----------
+    stages : str or sequence of str, default=None
+        The stages whose outputs, averaged over positions, are the features. None:
+        the last three of a pretrained network ("pool" and "conv_head" not counted,
+        which only restate the stage before them), and the last one of others.
+    trainable_stages : "auto", None, str or sequence of str, default="auto"
+        The stages that are trained. "auto": all stages of a network with random
+        weights and of a given module, none of a pretrained one. None: none. Where
+        all are trained, BatchNorm learns, too.
+    precision : {"auto", "float32", "bfloat16"}, default="auto"
+        Of the frozen stages. "auto": bfloat16 for images where the processor has
+        instructions for it (AMX, AVX512-BF16, CUDA), float32 elsewhere. What is
+        trained is in float32.
+    """
+
+    stages: str | Iterable[str] | None = None
+    trainable_stages: str | Iterable[str] | None = "auto"
+
+    _parameter_constraints: ClassVar = {
         "stages": [str, tuple, list, None],
         "trainable_stages": [str, tuple, list, None],
     }
-
-    trainable_stages: Any
 
     def _default_stages(self, backbone: Backbone) -> Iterable[str]:
         if self._trains_all(backbone):

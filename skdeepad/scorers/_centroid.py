@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +24,6 @@ class CentroidScorer(Scorer):
         The distance. "cosine" scales every sample to unit length first and takes
         half the squared Euclidean distance to the mean of the unit vectors, which
         ranks as the cosine similarity to that mean does.
-    contamination : float, default=0.05
-        Share of new normal samples that may fall below the threshold, in (0, 0.5].
 
     Attributes
     ----------
@@ -34,10 +32,6 @@ class CentroidScorer(Scorer):
     offset_ : float
         The threshold on ``score_samples``: the `contamination` quantile of the
         training samples' leave-one-out scores.
-    n_features_in_ : int
-        Number of features seen in `fit`.
-    feature_names_in_ : ndarray of str
-        Names of the features, where X had them.
 
     See Also
     --------
@@ -57,16 +51,11 @@ class CentroidScorer(Scorer):
     array([-9.])
     """
 
-    _parameter_constraints = {  # noqa: RUF012
-        **Scorer._parameter_constraints,
+    metric: str = "sqeuclidean"
+
+    _parameter_constraints: ClassVar = {
         "metric": [StrOptions(set(METRICS))],
     }
-
-    def __init__(
-        self, *, metric: str = "sqeuclidean", contamination: float = 0.05
-    ) -> None:
-        self.metric = metric
-        self.contamination = contamination
 
     def _learn(self, X: NDArray[Any], digests: NDArray[np.uint64]) -> None:
         self.center_ = to_metric(X, self.metric).mean(axis=0, dtype=np.float64)

@@ -46,8 +46,6 @@ class ClassGaussianScorer(Scorer):
         ``min_k d_k(x)^2 - d_0(x)^2``.
     covariance : {"ledoit_wolf", "oas", "diagonal"}, default="ledoit_wolf"
         How both covariances are estimated; see `GaussianScorer`.
-    contamination : float, default=0.05
-        Share of new normal samples that may fall below the threshold, in (0, 0.5].
 
     Attributes
     ----------
@@ -58,10 +56,6 @@ class ClassGaussianScorer(Scorer):
     offset_ : float
         The threshold on ``score_samples``: the `contamination` quantile of the
         training samples' scores under ten-fold cross-fitting.
-    n_features_in_ : int
-        Number of features seen in `fit`.
-    feature_names_in_ : ndarray of str
-        Names of the features, where X had them.
 
     See Also
     --------
@@ -90,28 +84,19 @@ class ClassGaussianScorer(Scorer):
     array([ 1, -1])
     """
 
+    relative: bool = False
+    covariance: str = "ledoit_wolf"
+
     _saved: ClassVar = {
         "covariance": BaseEstimator,
         "_within": GaussianScorer,
         "_overall": GaussianScorer,
     }
 
-    _parameter_constraints = {  # noqa: RUF012
-        **Scorer._parameter_constraints,
+    _parameter_constraints: ClassVar = {
         "relative": ["boolean"],
         "covariance": [StrOptions({"ledoit_wolf", "oas", "diagonal"})],
     }
-
-    def __init__(
-        self,
-        *,
-        relative: bool = False,
-        covariance: str = "ledoit_wolf",
-        contamination: float = 0.05,
-    ) -> None:
-        self.relative = relative
-        self.covariance = covariance
-        self.contamination = contamination
 
     @keep_state_on_error
     @_fit_context(prefer_skip_nested_validation=True)

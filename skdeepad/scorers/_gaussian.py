@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -204,8 +205,6 @@ estimator, default="ledoit_wolf"
         there are; "empirical" needs more samples than features; "diagonal" takes
         the features for uncorrelated. Or any scikit-learn covariance object, such
         as ``MinCovDet()``, of which a clone is fitted.
-    contamination : float, default=0.05
-        Share of new normal samples that may fall below the threshold, in (0, 0.5].
 
     Attributes
     ----------
@@ -218,10 +217,6 @@ estimator, default="ledoit_wolf"
     offset_ : float
         The threshold on ``score_samples``: the `contamination` quantile of the
         training samples' leave-one-out scores.
-    n_features_in_ : int
-        Number of features seen in `fit`.
-    feature_names_in_ : ndarray of str
-        Names of the features, where X had them.
 
     See Also
     --------
@@ -265,23 +260,16 @@ estimator, default="ledoit_wolf"
     array([-3.1, -0.3])
     """
 
+    covariance: Any = field(default="ledoit_wolf", kw_only=False)
+
     _saved: ClassVar = {"covariance": BaseEstimator, "_stream": (Moments, RowSample)}
 
-    _parameter_constraints = {  # noqa: RUF012
-        **Scorer._parameter_constraints,
+    _parameter_constraints: ClassVar = {
         "covariance": [
             StrOptions({"ledoit_wolf", "oas", "empirical", "diagonal"}),
             HasMethods(["fit", "mahalanobis"]),
         ],
     }
-
-    _stream: tuple[Moments, RowSample]
-
-    def __init__(
-        self, covariance: Any = "ledoit_wolf", *, contamination: float = 0.05
-    ) -> None:
-        self.covariance = covariance
-        self.contamination = contamination
 
     @property
     def _n_features_out(self) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from numbers import Integral
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +31,6 @@ class KMeansScorer(Scorer):
     metric : {"sqeuclidean", "euclidean", "cosine"}, default="sqeuclidean"
         The distance. "cosine" scales every sample to unit length first and takes
         half the squared Euclidean distance to the means.
-    contamination : float, default=0.05
-        Share of new normal samples that may fall below the threshold, in (0, 0.5].
     random_state : int, RandomState instance or None, default=None
         Seeds the initial means.
 
@@ -42,10 +41,6 @@ class KMeansScorer(Scorer):
     offset_ : float
         The threshold on ``score_samples``: the `contamination` quantile of the
         training samples' held-out scores.
-    n_features_in_ : int
-        Number of features seen in `fit`.
-    feature_names_in_ : ndarray of str
-        Names of the features, where X had them.
 
     See Also
     --------
@@ -70,25 +65,15 @@ class KMeansScorer(Scorer):
     array([ -4.  , -20.25])
     """
 
-    _parameter_constraints = {  # noqa: RUF012
-        **Scorer._parameter_constraints,
+    n_clusters: int = field(default=10, kw_only=False)
+    metric: str = "sqeuclidean"
+    random_state: int | np.random.RandomState | None = None
+
+    _parameter_constraints: ClassVar = {
         "n_clusters": [Interval(Integral, 1, None, closed="left")],
         "metric": [StrOptions(set(METRICS))],
         "random_state": ["random_state"],
     }
-
-    def __init__(
-        self,
-        n_clusters: int = 10,
-        *,
-        metric: str = "sqeuclidean",
-        contamination: float = 0.05,
-        random_state: int | np.random.RandomState | None = None,
-    ) -> None:
-        self.n_clusters = n_clusters
-        self.metric = metric
-        self.contamination = contamination
-        self.random_state = random_state
 
     def _min_samples(self) -> int:
         return max(2, self.n_clusters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -39,8 +40,6 @@ default="sqeuclidean"
     aggregation : {"mean", "kth"}, default="mean"
         Whether the score is the mean of the k distances (the paper ranks by their
         sum) or the k-th alone.
-    contamination : float, default=0.05
-        Share of new normal samples that may fall below the threshold, in (0, 0.5].
 
     Attributes
     ----------
@@ -48,10 +47,6 @@ default="sqeuclidean"
         The threshold on ``score_samples``: the `contamination` quantile of the
         training samples' scores, each left out of its own neighbours, and of the
         covariance.
-    n_features_in_ : int
-        Number of features seen in `fit`.
-    feature_names_in_ : ndarray of str
-        Names of the features, where X had them.
 
     See Also
     --------
@@ -82,27 +77,17 @@ default="sqeuclidean"
     array([-9.])
     """
 
+    n_neighbors: int = field(default=2, kw_only=False)
+    metric: str = "sqeuclidean"
+    aggregation: str = "mean"
+
     _saved: ClassVar = {"_gaussian": GaussianScorer, "_neighbors": NearestNeighbors}
 
-    _parameter_constraints = {  # noqa: RUF012
-        **Scorer._parameter_constraints,
+    _parameter_constraints: ClassVar = {
         "n_neighbors": [Interval(Integral, 1, None, closed="left")],
         "metric": [StrOptions({*METRICS, "mahalanobis"})],
         "aggregation": [StrOptions({"mean", "kth"})],
     }
-
-    def __init__(
-        self,
-        n_neighbors: int = 2,
-        *,
-        metric: str = "sqeuclidean",
-        aggregation: str = "mean",
-        contamination: float = 0.05,
-    ) -> None:
-        self.n_neighbors = n_neighbors
-        self.metric = metric
-        self.aggregation = aggregation
-        self.contamination = contamination
 
     def _min_samples(self) -> int:
         return self.n_neighbors + 1
