@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextvars import ContextVar
-from dataclasses import field, replace
+from dataclasses import field
 from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, TransformerMixin, _fit_context
 from sklearn.utils import Tags, check_random_state
@@ -22,9 +22,19 @@ from tqdm.auto import tqdm
 from .backbones import Backbone, load_backbone
 from .backbones._plain import to_plain
 from .base import draw_seed, keep_state_on_error
-from .cache import FeatureCache
-from .inference import FeaturePass, iter_features, resolve_device, resolve_precision
-from .inputs import Vectors, check_inputs, check_size, chunks
+from .cache import RowCache, StageCache
+from .inference import (
+    FeaturePass,
+    Features,
+    Outputs,
+    Tap,
+    flat,
+    iter_outputs,
+    resolve_device,
+    resolve_precision,
+    run_end,
+)
+from .inputs import Vectors, check_inputs, check_size
 from .parameters import ParametersMixin
 
 try:
@@ -123,6 +133,9 @@ class BackboneEstimator(ParametersMixin, CallbackSupportMixin, BaseEstimator):
         "verbose": ["verbose"],
     }
     _saved: ClassVar = {"backbone": nn.Module, "backbone_": Backbone}
+    _has_end: ClassVar = False  # a live one, behind the frozen front
+    _n_at_end: ClassVar = 1  # mini-batches that the live end is given together
+    _end_dtype: ClassVar[torch.dtype | None] = None  # None: as the front
 
     def __getstate__(self) -> dict[str, Any]:
         """Give the state without tensors, so that skops can save it, too."""
@@ -164,8 +177,8 @@ class BackboneEstimator(ParametersMixin, CallbackSupportMixin, BaseEstimator):
             stages = (given,) if isinstance(given, str) else given
         self.stages_ = self.backbone_.check_stages(stages)
         self._grid = getattr(self, "grid", None)
-        task = self._feature_pass()
-        self._widths = task.widths(task.sample_shape(inputs))
+        task = self._pass(self._averages())
+        self._widths = [width for (width,) in task.shapes(task.sample_shape(inputs))]
         return inputs
 
     def _auto_backbone(self, shape: tuple[int, ...] | None) -> str:
@@ -211,41 +224,57 @@ class BackboneEstimator(ParametersMixin, CallbackSupportMixin, BaseEstimator):
             )
         return inputs
 
-    def _feature_pass(self) -> FeaturePass:
+    def _averages(self) -> tuple[Tap, ...]:
+        """Take the average of each of `stages_` over all positions, or over cells."""
+        return tuple(Tap(stage, self._grid or 1) for stage in self.stages_)
+
+    def _taps(self) -> tuple[Tap, ...]:
+        """Tell what is taken of the frozen front of the network."""
+        return self._averages()
+
+    def _end(self) -> Backbone | None:
+        """Give the live end of the network, which is called with that."""
+        return None
+
+    def _pass(self, taps: tuple[Tap, ...]) -> FeaturePass:
         return FeaturePass(
             self.backbone_,
-            self.stages_,
-            self._grid,
+            taps,
             self.image_size_,
             self.batch_size,
             resolve_device(self.device),
             self._dtype,
         )
 
-    def _run(
-        self,
-        task: FeaturePass,
-        inputs: Vectors,
-        fitting: bool,
-        row: tuple[Any, tuple[int, ...]] = (np.float32, (-1,)),
-    ) -> Iterator[tuple[NDArray[np.intp], NDArray[Any]]]:
-        """Pass samples through the network; `row` is the dtype and shape for each."""
-        folder = getattr(self.memory, "location", self.memory)
-        cache = None if folder is None else FeatureCache(folder, task.key(), *row)
-        batches = iter_features(task, inputs, on_error=self.on_error, cache=cache)
+    def _front(self) -> FeaturePass:
+        """Give the pass that samples to be scored take through the front."""
+        return self._pass(self._taps())
+
+    def _run(self, task: FeaturePass, inputs: Vectors, fitting: bool) -> Iterator[Any]:
+        """Pass samples through a front, or find what it has made of them."""
+        cache = self.memory
+        if cache is not None and not isinstance(cache, RowCache):
+            folder = getattr(cache, "location", cache)
+            cache = None if folder is None else StageCache(folder)
+        batches = iter_outputs(task, inputs, on_error=self.on_error, cache=cache)
         return self._track(batches, len(inputs), fitting)
 
-    def _batches(
-        self, inputs: Vectors, fitting: bool
-    ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
+    def _embed(self, outputs: Iterable[Outputs]) -> Iterator[Features]:
+        """Turn what the front has made of samples into features."""
+        end = self._end()
+        if end is None:
+            return ((index, flat(arrays)) for index, arrays in outputs)
+        limit = self._n_at_end * self.batch_size
+        device = resolve_device(self.device)
+        return run_end(end, outputs, limit, device, self._end_dtype or self._dtype)
+
+    def _batches(self, inputs: Vectors, fitting: bool) -> Iterator[Features]:
         """Give positions and features of the samples, batch by batch."""
-        if shared := _SHARED.get():
-            return shared.batches(self, inputs, fitting)
-        return self._run(self._feature_pass(), inputs, fitting)
+        return self._embed(self._run(self._front(), inputs, fitting))
 
     def _features(
         self, inputs: Vectors, *, fitting: bool = False
-    ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
+    ) -> Iterator[Features]:
         """Give positions and features of the samples, in blocks of rows."""
         index: list[NDArray[np.intp]] = []
         block: list[NDArray[np.float32]] = []
@@ -264,9 +293,7 @@ class BackboneEstimator(ParametersMixin, CallbackSupportMixin, BaseEstimator):
         """Give the features of all samples; NaN for those that were skipped."""
         return self._gather(self._batches(inputs, fitting), len(inputs))
 
-    def _gather(
-        self, batches: Iterable[tuple[NDArray[np.intp], NDArray[np.float32]]], n: int
-    ) -> NDArray[np.float32]:
+    def _gather(self, batches: Iterable[Features], n: int) -> NDArray[np.float32]:
         out = np.full((n, sum(self._widths)), np.nan, dtype=np.float32)
         for index, features in batches:
             out[index] = features
@@ -296,65 +323,6 @@ class BackboneEstimator(ParametersMixin, CallbackSupportMixin, BaseEstimator):
                 bar.update(len(item[0]) if unit == "sample" else 1)
         if context:
             context.call_on_fit_task_end(estimator=self)
-
-
-class SharedPasses:
-    """Passes samples once for estimators that want other stages of one network.
-
-    While it is entered, the first of them that sees a sample passes it for all; the
-    others find their features in memory, by the sample's content.
-
-    Parameters
-    ----------
-    estimators : iterable of BackboneEstimator
-        Fitted ones, or ones that have seen what they are fitted to.
-    """
-
-    def __init__(self, estimators: Iterable[BackboneEstimator]) -> None:
-        # a pass, its stages left out -> its stages, and how many features each gives
-        self.widths: dict[FeaturePass, dict[str, int]] = {}
-        self.rows: dict[FeaturePass, dict[bytes, NDArray[np.float32]]] = {}
-        for estimator in estimators:
-            found = dict(zip(estimator.stages_, estimator._widths, strict=True))
-            task = replace(estimator._feature_pass(), stages=())
-            self.widths[task] = self.widths.get(task, {}) | found
-
-    def __enter__(self) -> SharedPasses:
-        self._token = _SHARED.set(self)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        _SHARED.reset(self._token)
-
-    def batches(
-        self, estimator: BackboneEstimator, inputs: Vectors, fitting: bool
-    ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
-        """Give positions and features of the samples, as `estimator` wants them."""
-        task = estimator._feature_pass()
-        widths = self.widths.get(replace(task, stages=()))
-        if widths is None:
-            yield from estimator._run(task, inputs, fitting)
-            return
-        whole = replace(task, stages=task.backbone.check_stages(widths))
-        rows = self.rows.setdefault(whole, {})
-        digests = [inputs.digest(i) for i in range(len(inputs))]
-        new = np.flatnonzero([digest not in rows for digest in digests])
-        if len(new):
-            for index, features in estimator._run(whole, inputs.take(new), fitting):
-                rows.update(
-                    zip((digests[i] for i in new[index]), features, strict=True)
-                )
-        wanted = np.concatenate(
-            [np.full(widths[name], name in task.stages) for name in whole.stages]
-        )
-        for part in chunks(np.arange(len(inputs)), BLOCK):
-            found = np.array([i for i in part if digests[i] in rows], dtype=np.intp)
-            if len(found):
-                block = np.stack([rows[digests[i]] for i in found])
-                yield found, block[:, wanted]
-
-
-_SHARED: ContextVar[SharedPasses | None] = ContextVar("shared passes", default=None)
 
 
 class BackboneFeatures(TransformerMixin, BackboneEstimator):

@@ -1,4 +1,4 @@
-"""The one inference loop: samples -> features of a frozen backbone.
+"""The one inference loop: samples -> a frozen front -> a live end, if there is one.
 
 What passes the network together is always padded to the same number of samples, so
 that features depend neither on neighbours nor on place or number.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from itertools import pairwise
+from itertools import chain, pairwise
 from multiprocessing import current_process
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,9 +24,13 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .backbones import Backbone
+from .backbones._backbone import pool
 from .inputs import Batch, Vectors, chunks, load_batches
 
-Outputs = tuple[NDArray[np.intp], NDArray[Any]]
+Arrays = list[NDArray[Any]]  # what each tap takes of some samples
+Outputs = tuple[NDArray[np.intp], Arrays]  # with the positions of those samples
+Features = tuple[NDArray[np.intp], NDArray[np.float32]]
+INPUT = ""  # stands for what the first stage is given; no stage has this name
 # Of images that pass a network on the CPU together, in float32 (twice as many in
 # bfloat16): more outgrow the processor's cache. Four images of 224 x 224, chosen by the
 # time of EfficientNet-lite0 alone.
@@ -85,16 +90,6 @@ def _has_bfloat16_instructions() -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in known)
 
 
-def pool(output: Tensor, grid: int | None = None) -> Tensor:
-    """Average a stage's maps over all positions, or over each cell of a grid."""
-    output = output.float()
-    if output.ndim == 4:
-        if grid is None:
-            return output.mean((2, 3))
-        return F.adaptive_avg_pool2d(output, grid).flatten(1)
-    return output.mean(1) if output.ndim == 3 else output
-
-
 def to_array(values: Tensor) -> NDArray[Any]:
     """Give an array; NumPy has no bfloat16, whose bits are given as int16."""
     values = values.cpu()
@@ -113,13 +108,43 @@ def to_tensor(array: NDArray[Any]) -> Tensor:
     return values.contiguous(memory_format=channels_last)
 
 
+def flat(arrays: Arrays) -> NDArray[np.float32]:
+    """Put what a pass gives for some samples side by side, in one row for each."""
+    parts = [to_tensor(array).float().flatten(1) for array in arrays]
+    rows: NDArray[np.float32] = torch.cat(parts, dim=1).numpy()
+    return rows
+
+
+@dataclass(frozen=True)
+class Tap:
+    """What is taken of a stage's output.
+
+    Parameters
+    ----------
+    stage : str
+        The stage; `INPUT` for what the first one is given.
+    form : {"output", "map"} or int, default=1
+        The output as it is; laid out as (channels, height, width); or averaged over
+        the cells of a raster of so many rows and columns: over all positions, for 1.
+    """
+
+    stage: str
+    form: str | int = 1
+
+    def of(self, network: Backbone, output: Tensor) -> Tensor:
+        """Take it."""
+        if self.form == "output":
+            return output
+        output = network.as_map(output)
+        return pool(output, self.form) if isinstance(self.form, int) else output
+
+
 @dataclass(frozen=True)
 class FeaturePass:
-    """One pass of a frozen backbone: which features, at which size, and where."""
+    """One pass of a frozen backbone: what is taken of it, at which size, and where."""
 
     backbone: Backbone
-    stages: tuple[str, ...]
-    grid: int | None
+    taps: tuple[Tap, ...]
     image_size: tuple[int, int] | None
     batch_size: int
     device: torch.device
@@ -133,22 +158,22 @@ class FeaturePass:
             shape = (channels, *self.image_size)
         return shape or ()
 
-    def widths(self, shape: tuple[int, ...]) -> list[int]:
-        """Measure how many features each stage gives for a sample of this shape.
+    def shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Measure what each tap gives for a sample of this shape.
 
         Raises
         ------
         ValueError
             If the backbone cannot take such samples.
         """
-        what = "widths", replace(self, backbone=None), shape
-        return remember(self.backbone, what, lambda: self._widths(shape))
+        what = "shapes", replace(self, backbone=None), shape
+        return remember(self.backbone, what, lambda: self._shapes(shape))
 
-    def _widths(self, shape: tuple[int, ...]) -> list[int]:
+    def _shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
         try:
             with torch.inference_mode():
                 outputs = self._outputs(self.backbone, torch.zeros(1, *shape))
-                return [output.shape[1] for output in outputs]
+                return [tuple(output.shape[1:]) for output in outputs]
         except (RuntimeError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"The backbone cannot take samples of shape {shape}: {error}. Check "
@@ -162,118 +187,136 @@ class FeaturePass:
         channels = None if self.backbone.vectors else self.backbone.in_channels
         return load_batches(inputs, indices, self.image_size, channels)
 
-    def run(self, values: Tensor) -> NDArray[Any]:
-        """Give the features of up to `batch_size` samples.
+    def run(self, values: Tensor) -> Arrays:
+        """Give what each tap takes of up to `batch_size` samples.
 
         Raises
         ------
         ValueError
             If there are more, whose features would depend on how many there are.
         """
-        n = len(values)
-        if n > self.batch_size:
-            raise ValueError(f"A pass of {self.batch_size} samples was given {n}.")
+        if len(values) > self.batch_size:
+            raise ValueError(
+                f"A pass of {self.batch_size} samples was given {len(values)}."
+            )
         network = frozen_copy(self.backbone, self.device, self.dtype)
-        size = self._n_at_once(values)
-        bfloat16 = self.dtype == torch.bfloat16
-        rows = []
-        with (
-            torch.inference_mode(),
-            torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bfloat16),
-        ):
+        size = n_at_once(values, self.batch_size, self.device, self.dtype)
+        found = []
+        with inference(self.device, self.dtype):
             for part in values.split(size):
-                x = part.to(self.device, non_blocking=True)
-                if len(x) < size:
-                    x = F.pad(x, (*(0, 0) * (x.ndim - 1), 0, size - len(x)))
-                outputs = torch.cat(self._outputs(network, x), dim=1)
-                rows.append(outputs[: len(part)])
-            return to_array(torch.cat(rows))
-
-    def _n_at_once(self, values: Tensor) -> int:
-        """Tell how many samples are quickest together: for a shape, always as many."""
-        if values.ndim < 4 or self.device.type != "cpu":
-            return self.batch_size
-        at_once = PIXELS_AT_ONCE * (4 // self.dtype.itemsize)
-        n = at_once // (values.shape[-2] * values.shape[-1])
-        return min(max(n, 1), self.batch_size)
+                outputs = self._outputs(network, padded(part.to(self.device), size))
+                found.append([output[: len(part)] for output in outputs])
+            return [to_array(torch.cat(parts)) for parts in zip(*found, strict=True)]
 
     def _outputs(self, network: Backbone, x: Tensor) -> list[Tensor]:
-        outputs = network.forward_stages(x, self.stages)
-        return [pool(outputs[name], self.grid) for name in self.stages]
+        wanted = {tap.stage for tap in self.taps}
+        x = network.normalize(x)
+        found = {INPUT: x}
+        for name, stage in network.stages.items():
+            if wanted <= found.keys():
+                break
+            x = stage(x)
+            if name in wanted:
+                found[name] = x
+        return [tap.of(network, found[tap.stage]) for tap in self.taps]
 
-    def key(self) -> str:
-        """Name this pass: the same name, the same features."""
-        told = (
-            *(type(self).__name__, fingerprint(self.backbone)),
-            *(self.stages, self.grid, self.image_size),
-            *(self.device.type, str(self.dtype), torch.__version__),
-        )
+    def with_all_stages(self, inputs: Vectors) -> FeaturePass:
+        """Take averages of all stages, where averages are taken: they cost nothing."""
+        forms = {tap.form for tap in self.taps}
+        if len(forms) > 1 or not isinstance(next(iter(forms)), int):
+            return self
+        shape, form = self.sample_shape(inputs), forms.pop()
+        if not shape:  # files at their own size, which is told where there is one
+            return self
+        taps = [Tap(name, form) for name in self.backbone.stage_names]
+        while taps:
+            try:
+                replace(self, taps=tuple(taps)).shapes(shape)
+                break
+            except ValueError:  # the last ones cannot take such samples
+                taps.pop()
+        more = [tap for tap in taps if tap not in self.taps]
+        return replace(self, taps=(*self.taps, *more))
+
+    def key(self, tap: Tap) -> str:
+        """Name what a tap takes in this pass: the same name, the same numbers."""
+        told = (*self._told(), tap.stage, tap.form, torch.__version__)
         return blake2b(repr(told).encode(), digest_size=16).hexdigest()
 
+    def _told(self) -> tuple[Any, ...]:
+        return (
+            *(type(self).__name__, fingerprint(self.backbone), self.image_size),
+            *(self.device.type, str(self.dtype)),
+        )
 
-class TrunkPass(FeaturePass):
-    """One pass of the first stages of a backbone, whose last ones are adapted.
 
-    Its `stages` are those; their output is given as it is, not averaged.
+@contextmanager
+def inference(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Compute without gradients, and in bfloat16 if so wanted."""
+    bfloat16 = dtype == torch.bfloat16
+    with (
+        torch.inference_mode(),
+        torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16),
+    ):
+        yield
+
+
+def n_at_once(
+    values: Tensor, limit: int, device: torch.device, dtype: torch.dtype
+) -> int:
+    """Tell how many samples are quickest together: for a shape, always as many."""
+    if values.ndim < 4 or device.type != "cpu":
+        return limit
+    at_once = PIXELS_AT_ONCE * (4 // dtype.itemsize)
+    n = at_once // (values.shape[-2] * values.shape[-1])
+    return min(max(n, 1), limit)
+
+
+def padded(x: Tensor, n: int) -> Tensor:
+    """Add zeros behind samples, so that there are n."""
+    return F.pad(x, (*(0, 0) * (x.ndim - 1), 0, n - len(x))) if len(x) < n else x
+
+
+def run_end(
+    end: Backbone,
+    batches: Iterable[Outputs],
+    limit: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Iterator[Features]:
+    """Turn what a frozen front has made of samples into features, by a live end.
+
+    Parameters
+    ----------
+    end : Backbone
+        Called with what the taps of the front have taken, in their order.
+    batches : iterable
+        Positions of some samples, and what the front has made of them.
+    limit : int
+        How many samples the end is given at once, at most.
+    device, dtype : torch.device, torch.dtype
+        As in `FeaturePass`.
+
+    Yields
+    ------
+    index : ndarray of int
+        Positions of some samples.
+    features : ndarray of float32, shape (len(index), n_features)
     """
-
-    def _outputs(self, network: Backbone, x: Tensor) -> list[Tensor]:
-        x = network.normalize(x)
-        for name in self.stages:
-            x = network.stages[name](x)
-        return [x]
-
-    def row(self, inputs: Vectors) -> tuple[Any, tuple[int, ...]]:
-        """Measure the dtype and shape of one sample's output."""
-        output = self.run(torch.zeros(1, *self.sample_shape(inputs)))
-        return output.dtype, output.shape[1:]
-
-
-class TapPass(FeaturePass):
-    """One pass that gives samples, and what stages make of them, as they are.
-
-    All in one row: the sample as the first stage sees it, and the outputs of
-    `stages`, flattened.
-    """
-
-    def _outputs(self, network: Backbone, x: Tensor) -> list[Tensor]:
-        outputs = network.forward_stages(x, self.stages)
-        values = [network.normalize(x), *(outputs[name] for name in self.stages)]
-        return [value.float().flatten(1) for value in values]
-
-
-@dataclass(frozen=True)
-class JunctionPass(FeaturePass):
-    """One pass of the frozen stages of a backbone, whose last ones are trained.
-
-    All in one row: what `frozen`, the first stages, make of the sample (the sample
-    as the first stage sees it, if there are none), if it is `handed_on`; and the
-    features of those of them that are among `stages`.
-    """
-
-    frozen: tuple[str, ...]
-    handed_on: bool
-
-    def _outputs(self, network: Backbone, x: Tensor) -> list[Tensor]:
-        outputs = []
-        x = network.normalize(x)
-        for name in self.frozen:
-            x = network.stages[name](x)
-            if name in self.stages:
-                outputs.append(pool(network.as_map(x), self.grid))
-        return [x.float().flatten(1), *outputs] if self.handed_on else outputs
-
-    def key(self) -> str:
-        """Name this pass: the same name, the same rows."""
-        return f"{super().key()}-{len(self.frozen)}-{self.handed_on}"
-
-    def junction_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Give the shape of what is handed on, for a sample of this shape."""
-        with torch.inference_mode():
-            x = self.backbone.normalize(torch.zeros(1, *shape))
-            for name in self.frozen:
-                x = self.backbone.stages[name](x)
-        return x.shape[1:]
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        return
+    network = frozen_copy(end, device, dtype)
+    # at its input, which has the most pixels
+    size = n_at_once(to_tensor(first[1][0]), limit, device, dtype)
+    precise = dtype == torch.float32
+    for index, arrays in regroup(chain([first], batches), size):
+        tensors = [to_tensor(array).to(device) for array in arrays]
+        inputs = [padded(x.float() if precise else x, size) for x in tensors]
+        with inference(device, dtype):
+            outputs = network(*inputs)[: len(index)]
+        yield index, to_array(outputs.float())
 
 
 class PassOutputs:
@@ -305,31 +348,39 @@ class PassOutputs:
         self.inputs = inputs
         self.max_bytes = max_bytes
         self.augment = augment
-        self.kept: NDArray[Any] | None = None
+        self.kept: Arrays | None = None
 
     def keep(self, batches: Iterable[Outputs]) -> Iterator[Outputs]:
         """Pass the outputs of all samples on, and keep them if all would fit."""
-        for index, values in batches:
-            n_bytes = values[0].nbytes * len(self.inputs)
+        n = len(self.inputs)
+        for index, arrays in batches:
+            n_bytes = n * sum(array[0].nbytes for array in arrays)
             if self.kept is None and n_bytes <= self.max_bytes:
-                shape = (len(self.inputs), *values.shape[1:])
-                self.kept = np.empty(shape, values.dtype)
+                self.kept = [np.empty((n, *a.shape[1:]), a.dtype) for a in arrays]
             if self.kept is not None:
-                self.kept[index] = values
-            yield index, values
+                for kept, array in zip(self.kept, arrays, strict=True):
+                    kept[index] = array
+            yield index, arrays
 
     def unchanged(self, indices: Iterable[NDArray[np.intp]]) -> Iterator[Outputs]:
         """Give the outputs for one batch of samples after the other, as in scoring."""
-        if self.kept is not None:
-            yield from ((index, self.kept[index]) for index in indices)
-        else:
-            yield from self._run(indices)
+        if self.kept is None:
+            return self._run(indices)
+        kept = self.kept
+        return ((index, [array[index] for array in kept]) for index in indices)
 
-    def batches(self, indices: Iterable[NDArray[np.intp]]) -> Iterator[Outputs]:
-        """Give the outputs for one mini-batch of samples after the other."""
-        if self.augment is None:
-            return self.unchanged(indices)
-        return self._run(indices, self.augment)
+    def batches(
+        self, indices: Iterable[NDArray[np.intp]]
+    ) -> Iterator[tuple[NDArray[np.intp], list[Tensor]]]:
+        """Give the outputs for one mini-batch of samples after the other.
+
+        As float32, on the device where they are trained on.
+        """
+        change = self.augment
+        outputs = self._run(indices, change) if change else self.unchanged(indices)
+        device = self.task.device
+        for index, arrays in outputs:
+            yield index, [to_tensor(array).to(device).float() for array in arrays]
 
     def _run(
         self,
@@ -341,22 +392,27 @@ class PassOutputs:
                 raise ValueError(f"Files cannot be read any more: {batch.failed}.")
             values = change(batch.values) if change else batch.values
             # a mini-batch may hold its samples twice, for BatchNorm
-            parts = values.split(self.task.batch_size)
-            yield batch.index, np.concatenate([self.task.run(part) for part in parts])
+            parts = map(self.task.run, values.split(self.task.batch_size))
+            yield batch.index, join(list(parts))
+
+
+def join(parts: list[Arrays]) -> Arrays:
+    """Put what a pass gives for several batches behind one another."""
+    return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
 
 
 def regroup(batches: Iterable[Outputs], size: int) -> Iterator[Outputs]:
     """Cut batches of samples anew: all of this size, but for the last."""
     index: NDArray[np.intp] = np.empty(0, dtype=np.intp)
-    values: NDArray[Any] | None = None
+    arrays: Arrays = []
     for more, new in batches:
         index = np.append(index, more)
-        values = new if values is None else np.concatenate([values, new])
+        arrays = join([arrays, new]) if arrays else new
         while len(index) >= size:
-            yield index[:size], values[:size]
-            index, values = index[size:], values[size:]
-    if values is not None and len(index):
-        yield index, values
+            yield index[:size], [array[:size] for array in arrays]
+            index, arrays = index[size:], [array[size:] for array in arrays]
+    if len(index):
+        yield index, arrays
 
 
 _KNOWN: WeakKeyDictionary[Backbone, dict[Any, Any]] = WeakKeyDictionary()
@@ -420,20 +476,10 @@ def fold_batchnorm(backbone: Backbone) -> Backbone:
                 changed = True
     if not changed:
         return folded
-    shape: tuple[int, ...] = (backbone.in_channels or 3,)
-    if not backbone.vectors:
-        shape = (*shape, *(backbone.input_size or (64, 64)))
-    sample = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0))
     try:
         with torch.inference_mode():
-            names = backbone.stage_names
-            expected = backbone.forward_stages(sample, names)
-            got = folded.forward_stages(sample, names)
-        same = all(
-            (got[name] - expected[name]).abs().max()
-            <= 1e-3 * expected[name].abs().max()
-            for name in names
-        )
+            pairs = list(zip(backbone.probe(), folded.probe(), strict=True))
+        same = all((b - a).abs().max() <= 1e-3 * a.abs().max() for a, b in pairs)
     except (RuntimeError, AttributeError, TypeError):
         same = False
     return folded.frozen() if same else backbone.clone()
@@ -461,7 +507,7 @@ def fingerprint(backbone: Backbone) -> str:
     return remember(backbone, "fingerprint", digest)
 
 
-def iter_features(
+def iter_outputs(
     task: FeaturePass, inputs: Vectors, *, on_error: str, cache: Any = None
 ) -> Iterator[Outputs]:
     """Pass samples through a backbone, batch by batch.
@@ -474,15 +520,15 @@ def iter_features(
         The samples.
     on_error : {"raise", "skip"}
         What to do about image files that cannot be read.
-    cache : FeatureCache, default=None
-        Where features of samples seen before are found, and new ones are put.
+    cache : StageCache, default=None
+        Where outputs for samples seen before are found, and new ones are put.
 
     Yields
     ------
     index : ndarray of int
-        Positions of some samples.
-    features : ndarray of float32, shape (len(index), n_features)
-        Their features. Skipped samples are in no batch.
+        Positions of some samples. Skipped ones are in no batch.
+    arrays : list of ndarray
+        What each tap takes of them.
 
     Raises
     ------
@@ -495,25 +541,41 @@ def iter_features(
     if cache is None:
         yield from _compute(task, inputs, everything, failed, on_error)
     else:
-        digests = [inputs.digest(i) for i in range(len(inputs))]
-        missing = cache.missing(digests, task.batch_size)
-        found = np.ones(len(inputs), dtype=bool)
-        for index, features in _compute(task, inputs, missing, failed, on_error):
-            cache.put([digests[i] for i in index], features)
-            found[index] = False
-            yield index, features
-        rest = np.flatnonzero(found)
-        for at, features in cache.read([digests[i] for i in rest]):
-            found[rest[at]] = False
-            yield rest[at], features
-        # rows that are damaged, or cannot be read any more
-        lost = [i for i in np.flatnonzero(found) if i not in failed]
-        again = chunks(np.array(lost, dtype=np.intp), task.batch_size)
-        for index, features in _compute(task, inputs, again, failed, on_error):
-            cache.put([digests[i] for i in index], features)
-            yield index, features
+        yield from _look_up(task, inputs, cache, failed, on_error)
     if failed:
         _tell(inputs, failed, on_error)
+
+
+def _look_up(
+    task: FeaturePass,
+    inputs: Vectors,
+    cache: Any,
+    failed: dict[int, str],
+    on_error: str,
+) -> Iterator[Outputs]:
+    """Give outputs from the cache, and put those in that are not there."""
+    n_taps = len(task.taps)
+    whole = cache.whole(task, inputs)
+    keys = [task.key(tap) for tap in whole.taps]
+    wanted = keys[:n_taps]
+    digests = [inputs.digest(i) for i in range(len(inputs))]
+
+    def compute(indices: Iterable[NDArray[np.intp]]) -> Iterator[Outputs]:
+        for index, arrays in _compute(whole, inputs, indices, failed, on_error):
+            cache.put(keys, [digests[i] for i in index], arrays)
+            yield index, arrays[:n_taps]
+
+    found = np.ones(len(inputs), dtype=bool)
+    for index, arrays in compute(cache.missing(wanted, digests, task.batch_size)):
+        found[index] = False
+        yield index, arrays
+    rest = np.flatnonzero(found)
+    for at, arrays in cache.read(wanted, [digests[i] for i in rest]):
+        found[rest[at]] = False
+        yield rest[at], arrays
+    # rows that are damaged, or cannot be read any more
+    lost = [i for i in np.flatnonzero(found) if i not in failed]
+    yield from compute(chunks(np.array(lost, dtype=np.intp), task.batch_size))
 
 
 def _compute(

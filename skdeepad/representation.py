@@ -6,7 +6,6 @@ Before a detector is tuned: which backbone, and which of its stages, suits these
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -26,9 +25,9 @@ from tqdm.auto import tqdm
 
 from .base import draw_seed
 from .detectors import KDClonerEstimator
+from .detectors._kd_cloner import attributions, stage_losses
 from .detectors._source_and_cloner import SourceAndCloner, per_channel
 from .features import BackboneFeatures
-from .localization import MapPass
 from .scorers import GaussianScorer, KNNScorer
 
 __all__ = ["brittleness", "compare_representations", "oracle", "separability"]
@@ -353,7 +352,7 @@ def _measure(
     ]
     if X_anomalous is None:
         return rows
-    tested = [_stage_losses(student, x) for x in (_take(X, test), X_anomalous)]
+    tested = [stage_losses(student, x) for x in (_take(X, test), X_anomalous)]
     for k, row in enumerate(rows):
         good, bad = (part[row["stage"]] for part in parts)
         linear = _separability(good, bad, 5, seed)
@@ -384,9 +383,9 @@ def _auroc(normal: NDArray[Any], anomalous: NDArray[Any]) -> float:
 
 def _part(extractor: BackboneFeatures, together: NDArray[np.float32]) -> Features:
     """Part features by stage."""
-    ends = np.cumsum(extractor._widths)[:-1]
-    parts = np.split(together, ends, axis=1)
-    return dict(zip(extractor.stages_, parts, strict=True))
+    names = extractor.get_feature_names_out()
+    stages = np.array([name.rpartition("_")[0] for name in names])
+    return {stage: together[:, stages == stage] for stage in extractor.stages_}
 
 
 def _features(
@@ -443,23 +442,13 @@ def _brittleness(
     student: KDClonerEstimator, X: Any, features: Features
 ) -> dict[str, float]:
     """Divide the mean gradient norm by the trace of the features' covariance."""
-    inputs = student._check_inputs(X)
-    task = replace(student._network_pass(), dtype=torch.float32)
-    slopes = MapPass(**vars(task), attribution=gradient_norms)
-    found = [rows for _, rows in student._run(slopes, inputs, False)]
-    norms = np.concatenate(found).mean(axis=0)
+    norms = attributions(student, X, gradient_norms).mean(axis=0)
     return {
         stage: float(
             norm / features[stage].astype(np.float64).var(axis=0, ddof=1).sum()
         )
         for stage, norm in zip(student.stages_, norms, strict=True)
     }
-
-
-def _stage_losses(student: KDClonerEstimator, X: Any) -> NDArray[np.float32]:
-    """Give each stage's value loss."""
-    inputs = student._check_inputs(X)
-    return student._all_features(inputs)[:, ::2]
 
 
 def gradient_norms(network: SourceAndCloner, x: Tensor) -> Tensor:
@@ -480,7 +469,7 @@ def gradient_norms(network: SourceAndCloner, x: Tensor) -> Tensor:
     # the pass around is one without gradients
     with torch.inference_mode(False), torch.enable_grad():
         x = x.clone().requires_grad_()
-        pairs = network.activations(x)
+        pairs = network.of_images(x)
         for name, scale in zip(network.compared, network.scales, strict=True):
             teacher, student = pairs[name]
             apart = (teacher - student) * per_channel(scale, teacher)

@@ -47,7 +47,7 @@ def passes(monkeypatch):
     run = FeaturePass.run
 
     def counted(self, values):
-        count[self.stages] += len(values)
+        count[tuple(sorted(tap.stage for tap in self.taps))] += len(values)
         return run(self, values)
 
     monkeypatch.setattr(FeaturePass, "run", counted)

@@ -92,8 +92,8 @@ UNTRUSTED = [
     "timm.models.vision_transformer:Mlp",  # lives elsewhere
     "skdeepad:KNNScorer",
     "skdeepad.features:BaseEstimator",
-    "skdeepad.features:FeatureCache",
-    "skdeepad.cache:FeatureCache",
+    "skdeepad.features:StageCache",
+    "skdeepad.cache:StageCache",
     "skdeepad.backbones._plain:SavedBackbone",
     "skdeepad.detectors._kd_cloner:Augmentation",
     "skdeepad.persistence._reader:Reader",

@@ -609,14 +609,14 @@ def test_deep_sad_warns_of_zeros_and_ones(digits):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"milestones": (0.5, 2)}, r"milestones=\(0.5, 2\) are to be shares"),
+        ({"milestones": (0.5, 2)}, r"milestones=\(0.5, 2\) must be shares"),
         ({"trainable_stages": "fc9"}, r"trainable_stages=\['fc9'\] not found"),
         ({"stages": "fc9"}, r"stages=\['fc9'\] not found"),
         (
             {"trainable_stages": None, "projection": None},
             "projection=None leaves nothing to train",
         ),
-        ({"learning_rate": 1e30}, "Training failed: the loss is"),
+        ({"learning_rate": 1e30}, "Training diverged: the loss is"),
     ],
 )
 def test_bad_parameters_leave_the_fitted_state(digits, options, message):

@@ -50,7 +50,7 @@ from skdeepad import (
     inference,
 )
 from skdeepad.backbones import load_backbone
-from skdeepad.cache import FeatureCache
+from skdeepad.cache import MemoryCache, StageCache
 from skdeepad.datasets import make_texture_defects
 from skdeepad.inference import FeaturePass
 from skdeepad.metrics import anomaly_roc_auc_score
@@ -889,16 +889,54 @@ def test_replaced_files_of_the_same_size_and_time_are_read_again(tmp_path, passe
     assert passes() == 3  # the copy, once
 
 
+def test_a_grid_over_stages_costs_one_pass(images, passes, tmp_path):
+    train, _ = images["nchw_uint8"]
+    stages = ["stage1", ("stage2", "pool"), "stage7"]
+    expected = [features(stages=s).fit_transform(train) for s in stages]
+    passes()
+    for given, alone in zip(stages, expected, strict=True):
+        estimator = features(stages=given, memory=tmp_path)
+        assert_array_equal(estimator.fit_transform(train), alone)
+    assert passes() == len(train)
+
+
+def test_stages_that_cannot_take_the_images_are_not_kept(passes, tmp_path):
+    X = np.random.default_rng(0).random((6, 20, 20), dtype=np.float32)
+    estimator = BackboneFeatures(
+        "mnist_lenet",
+        stages="stage1",
+        image_size=20,
+        random_state=0,
+        memory=tmp_path,
+    )
+    for _ in range(2):  # the linear layer is made for 28 pixels
+        estimator.fit_transform(X)
+    assert passes() == len(X)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int16])
+@pytest.mark.parametrize("shape", [(3,), (2, 4, 5), (0,)])
+def test_rows_keep_their_shape(dtype, shape, tmp_path):
+    values = np.arange(4 * int(np.prod(shape))).reshape(4, *shape).astype(dtype)
+    for cache in (StageCache(tmp_path), MemoryCache([])):
+        cache.put(["a", "b"], [b"1", b"2", b"3", b"4"], [values, -values])
+        ((index, (first, second)),) = cache.read(["a", "b"], [b"4", b"5", b"2"])
+        assert_array_equal(index, [0, 2])
+        assert_array_equal(first, values[[3, 1]])
+        assert_array_equal(second, -values[[3, 1]])
+        assert first.dtype == dtype
+
+
 def test_processes_share_the_work(tmp_path):
-    ours, theirs = FeatureCache(tmp_path, "pass"), FeatureCache(tmp_path, "pass")
+    ours, theirs = StageCache(tmp_path), StageCache(tmp_path)
     digests = [bytes([i]) for i in range(6)]
-    batches = ours.missing([*digests, *digests], 2)
+    batches = ours.missing(["stage"], [*digests, *digests], 2)
     first = next(batches)
     assert len(set(first.tolist())) == 2
     others = np.setdiff1d(np.arange(6), first)
-    theirs.put([digests[i] for i in others], np.ones((4, 3), np.float32))
+    theirs.put(["stage"], [digests[i] for i in others], [np.ones((4, 3), np.float32)])
     assert list(batches) == []  # somebody has done the rest
-    ((found, values),) = ours.read(digests)
+    ((found, (values,)),) = ours.read(["stage"], digests)
     assert_array_equal(found, others)
     assert_array_equal(values, np.ones((4, 3)))
 

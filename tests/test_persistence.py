@@ -460,7 +460,7 @@ def test_pickles_are_not_read(tmp_path):
         "sklearn.base:clone",
         "sklearn.externals:array_api_extra",
         "skdeepad.persistence:load",
-        "skdeepad.cache:FeatureCache",
+        "skdeepad.cache:StageCache",
         "skdeepad.persistence:os.system",
         "skdeepad.persistence:no",
         "skdeepad.none:no",

@@ -162,18 +162,18 @@ def test_each_backbone_passes_once(digits, monkeypatch):
     """The features' pass, the student's, and the gradients'; nothing twice."""
     X, other = digits
     seen = []
-    run = BackboneFeatures._feature_pass
+    run = BackboneFeatures._front
 
     def counted(self):
         seen.append(type(self).__name__)
         return run(self)
 
-    monkeypatch.setattr(BackboneFeatures, "_feature_pass", counted)
+    monkeypatch.setattr(BackboneFeatures, "_front", counted)
     compare_representations(
         ["mnist_lenet"], X, other, max_steps=1, image_size=28, random_state=0
     )
-    # two fits, which pass zeros, one image, and both groups
-    assert seen.count("BackboneFeatures") == 5
+    # one image, and both groups
+    assert seen.count("BackboneFeatures") == 3
 
 
 def test_pictures(table):

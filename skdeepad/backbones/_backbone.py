@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class Backbone(nn.Module):
@@ -155,6 +156,13 @@ class Backbone(nn.Module):
             x = stage(x)
         return x if self.head is None else self.head(x)
 
+    def probe(self) -> list[Tensor]:
+        """Give outputs for a random sample, always the same one."""
+        shape: tuple[int, ...] = (self.in_channels or 3,)
+        if not self.vectors:
+            shape = (*shape, *(self.input_size or (64, 64)))
+        return list(self.forward_stages(probes(shape)[0], self.stage_names).values())
+
     def check_stages(
         self, names: Iterable[str], parameter: str = "stages"
     ) -> tuple[str, ...]:
@@ -192,6 +200,22 @@ class Backbone(nn.Module):
         return self._loader or super().__reduce_ex__(protocol)
 
 
+def pool(output: Tensor, cells: int = 1) -> Tensor:
+    """Average a stage's maps over each cell of a raster of so many rows and columns."""
+    output = output.float()
+    if output.ndim == 4:
+        if cells == 1:
+            return output.mean((2, 3))
+        return F.adaptive_avg_pool2d(output, cells).flatten(1)
+    return output.mean(1) if output.ndim == 3 else output
+
+
+def probes(*shapes: tuple[int, ...]) -> list[Tensor]:
+    """Draw one sample of each of these shapes, always the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(1, *shape, generator=generator) for shape in shapes]
+
+
 class Versions(Backbone):
     """Versions of a network's last stages, side by side on the same input.
 
@@ -218,11 +242,15 @@ class Versions(Backbone):
         self.input_size = input_shape[1:] if len(input_shape) == 3 else None
         self.vectors = len(input_shape) == 1
 
-    def forward_stages(self, x: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
-        """Run the named versions."""
-        return {
-            name: self.as_map(self.stages[name](x)) for name in self.check_stages(names)
-        }
+    def forward(self, x: Tensor) -> Tensor:
+        """Give the features by each version, side by side."""
+        outputs = [self.as_map(version(x)) for version in self.stages.values()]
+        return torch.cat([pool(output) for output in outputs], dim=1)
+
+    def probe(self) -> list[Tensor]:
+        """Give what the versions make of a random input, always the same."""
+        shape: tuple[int, ...] = (self.in_channels or 3,)
+        return [self(*probes((*shape, *(self.input_size or ()))))]
 
 
 class Adapted(Versions):
@@ -283,9 +311,9 @@ class Adapted(Versions):
             versions[version].load_state_dict(now, strict=False)
         return Versions(versions, self.input_shape, self.to_map).frozen()
 
-    def forward_stages(self, x: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
-        """Run the named versions; for many samples, run a `clone`."""
-        return self.clone().forward_stages(x, names)
+    def forward(self, x: Tensor) -> Tensor:
+        """Give the features by each version; for many samples, run a `clone`."""
+        return self.clone()(x)
 
 
 class Part(nn.Module):

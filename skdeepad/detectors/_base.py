@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 from sklearn.utils._param_validation import Interval
+from torch import Tensor
 
 from ..base import AnomalyDetector
+from ..draws import each_with_own_draws
 from ..features import BackboneEstimator
 from ..scorers._base import HeldOutScores, copies_together, warn_of_copies
+from ..training import DivergedError, train
 
 N_STAGES = 3  # of a pretrained network, by default
 MIN_HELD_OUT = 40  # samples, where a tenth would be fewer and there are 120
@@ -106,6 +112,8 @@ class TrainedDetector(BackboneDetector):
         training images' scores, brought to the level of held-out images.
     """
 
+    _has_end: ClassVar = True
+
     max_steps: int
     learning_rate: float = 0.001
     validation_fraction: float = 0.1
@@ -117,6 +125,29 @@ class TrainedDetector(BackboneDetector):
         "validation_fraction": [Interval(Real, 0, 0.5, closed="neither")],
         "max_cache_bytes": [Interval(Integral, 0, None, closed="left")],
     }
+
+    def _take_steps(
+        self,
+        optimizer: torch.optim.Optimizer,
+        losses: Iterable[Tensor],
+        n_steps: int,
+        seed: int,
+        clip_norm: float | None = None,
+    ) -> Iterator[float]:
+        """Take a step for each loss, and give the loss; say so if training diverges."""
+        # what a network draws in training: dropout
+        drawn = each_with_own_draws(islice(losses, n_steps), seed)
+        steps = train(optimizer, drawn, clip_norm=clip_norm)
+        n_taken = 0
+        try:
+            for loss in self._track(steps, n_steps, fitting=True, unit="step"):
+                n_taken += 1
+                yield loss
+        except DivergedError as error:
+            raise ValueError(
+                f"Training diverged: {error} after {n_taken} steps. Lower "
+                "learning_rate, or scale X."
+            ) from error
 
 
 def find_related(

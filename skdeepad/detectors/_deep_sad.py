@@ -143,19 +143,18 @@ class DeepSAD(SphereDetector):
         anomalies: NDArray[np.intp],
         rng: np.random.RandomState,
     ) -> Iterator[Tensor]:
-        device = outputs.task.device
         paired = self.balanced and len(anomalies) > 0
         if paired:
             drawn = balanced_batches(rows, anomalies, self.batch_size, rng)
         else:
             drawn = batchnorm_batches(np.append(rows, anomalies), self.batch_size, rng)
         stream = outputs.batches(drawn)
-        for index, batch in stream:
+        for index, (x,) in stream:
             if paired:
-                others, more = next(stream)
-                index, batch = np.append(index, others), np.concatenate([batch, more])
-            z = self._network(torch.from_numpy(batch).to(device))
-            known = torch.from_numpy(labels[index]).to(device)
+                others, (more,) = next(stream)
+                index, x = np.append(index, others), torch.cat([x, more])
+            z = self._network(x)
+            known = torch.from_numpy(labels[index]).to(z.device)
             yield semi_supervised_loss(self._squared(z), known, self.eta).mean()
 
 

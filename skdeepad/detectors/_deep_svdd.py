@@ -152,7 +152,7 @@ class SphereDetector(ObjectiveDetector):
         if old.vectors:
             raise ValueError("contrast_normalization is for images; X holds vectors.")
         everything = chunks(np.arange(len(inputs)), self.batch_size)
-        loaded = self._feature_pass().load(inputs, everything)
+        loaded = self._pass(self._averages()).load(inputs, everything)
         found = [
             contrast(old.normalize(batch.values)).aminmax()
             for batch in loaded
@@ -176,7 +176,7 @@ class SphereDetector(ObjectiveDetector):
             return
         with OwnDraws(seed):
             self._network.projection = nn.Linear(
-                self._n_features(), N_OUTPUTS, bias=False
+                sum(self._widths), N_OUTPUTS, bias=False
             )
 
     def _pretrain(
@@ -191,10 +191,8 @@ class SphereDetector(ObjectiveDetector):
 
         def losses() -> Iterator[Tensor]:
             network.to(device).train()
-            for _, batch in outputs.batches(
-                batchnorm_batches(rows, self.batch_size, rng)
-            ):
-                x = network.handed_on(torch.from_numpy(batch).to(device))
+            drawn = batchnorm_batches(rows, self.batch_size, rng)
+            for _, (x,) in outputs.batches(drawn):
                 error = decoder(network.encode(x)) - x
                 yield error.square().flatten(1).sum(dim=1).mean()
 
@@ -407,10 +405,9 @@ class DeepSVDD(SphereDetector):
         anomalies: NDArray[np.intp],
         rng: np.random.RandomState,
     ) -> Iterator[Tensor]:
-        device = outputs.task.device
-        stream = outputs.batches(batchnorm_batches(rows, self.batch_size, rng))
-        for step, (_, batch) in enumerate(stream, 1):
-            z = self._network(torch.from_numpy(batch).to(device))
+        drawn = batchnorm_batches(rows, self.batch_size, rng)
+        for step, (_, inputs) in enumerate(outputs.batches(drawn), 1):
+            z = self._network(*inputs)
             if self.objective == "one-class":
                 yield compactness(z, self._center(z))
                 continue

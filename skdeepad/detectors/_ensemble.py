@@ -28,7 +28,8 @@ from ..base import (
     known_normal,
     seeded_clone,
 )
-from ..features import BLOCK, BackboneEstimator, BackboneFeatures, SharedPasses
+from ..cache import MemoryCache
+from ..features import BLOCK, BackboneEstimator, BackboneFeatures
 from ..inputs import Vectors, check_inputs
 from ..scorers import KNNScorer
 from ..scorers._base import HeldOutScores, copies_together
@@ -200,26 +201,28 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
         rng = check_random_state(None)
         # seeded, so that a member that is fitted again starts from the same network
         self.estimators_ = [seeded_clone(member, rng) for _, member in members]
-        fronts = [clone(front) for front in find_fronts(self.estimators_)]
-        for front in fronts:
-            front._fit_inputs(rows)
         known = [self._knows_held_out(member, groups) for member in self.estimators_]
         self._held_out: HeldOutScores | None = None
         if not all(known):
             digests = sample_digests(rows)
             related = copies_together(digests) if groups is None else groups[normal]
         columns = []
-        with SharedPasses(fronts):
-            for member, knows in zip(self.estimators_, known, strict=True):
-                if knows and groups is not None:
-                    member.fit(X, y, groups)
-                else:
-                    fit_detector(member, X, y, normal)
-                columns.append(
-                    member.score_samples(rows)
-                    if knows
-                    else refitted_scores(member, X, y, normal, related, N_FOLDS)
-                )
+        fronts = [clone(front) for front in frozen_fronts(self.estimators_)]
+        for front in fronts:
+            front._fit_inputs(rows)
+        cache = MemoryCache(front._front() for front in fronts)
+        for i, knows in enumerate(known):
+            member = with_memory(self.estimators_[i], cache)
+            if knows and groups is not None:
+                member.fit(X, y, groups)
+            else:
+                fit_detector(member, X, y, normal)
+            columns.append(
+                member.score_samples(rows)
+                if knows
+                else refitted_scores(member, X, y, normal, related, N_FOLDS)
+            )
+            self.estimators_[i] = with_memory(member, None)
         scores = np.column_stack(columns)
         scored = ~np.isnan(scores).any(axis=1)  # unreadable files are not
         self.training_scores_ = np.sort(scores[scored], axis=0)
@@ -284,9 +287,6 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
             )
         return weights / weights.sum()
 
-    def _member_scores(self, X: Any) -> NDArray[np.float64]:
-        return np.column_stack([member.score_samples(X) for member in self.estimators_])
-
     def _combine(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
         """Average the members' scores on one scale."""
         # no products of matrices, which round by how many rows there are
@@ -320,24 +320,47 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
             files that a member has skipped.
         """
         check_is_fitted(self)
-        fronts = list(find_fronts(self.estimators_))
-        if len(SharedPasses(fronts).widths) == len(fronts):  # nothing to share
-            scores = self._combine(self._member_scores(X))
+        tasks = [front._front() for front in frozen_fronts(self.estimators_)]
+        if len(MemoryCache(tasks).wanted) == len(tasks):  # nothing to share
+            scores = self._combine(member_scores(self.estimators_, X))
         else:
             parts = []
             for block in gen_batches(_num_samples(X), BLOCK):  # memory stays bounded
-                with SharedPasses(fronts):
-                    rows = _safe_indexing(X, np.arange(block.start, block.stop))
-                    parts.append(self._combine(self._member_scores(rows)))
+                rows = _safe_indexing(X, np.arange(block.start, block.stop))
+                cache = MemoryCache(tasks)
+                members = [with_memory(member, cache) for member in self.estimators_]
+                parts.append(self._combine(member_scores(members, rows)))
             scores = np.concatenate(parts)
         held_out = getattr(self, "_held_out", None)  # files of 0.1.0 have none
         return held_out.recall(sample_digests(X), scores) if held_out else scores
 
 
-def find_fronts(members: Sequence[Any]) -> Iterator[BackboneEstimator]:
-    """Find what gives features of a frozen network, at the front of members."""
+def member_scores(members: Sequence[Any], X: Any) -> NDArray[np.float64]:
+    """Score samples by each member."""
+    return np.column_stack([member.score_samples(X) for member in members])
+
+
+def frozen_fronts(members: Sequence[Any]) -> Iterator[BackboneEstimator]:
+    """Find the frozen networks at the front of members that keep nothing themselves."""
     for member in members:
         front = member.steps[0][1] if isinstance(member, Pipeline) else member
-        plain = BackboneEstimator._batches
-        if getattr(type(front), "_batches", None) is plain:
+        frozen = isinstance(front, BackboneEstimator) and not front._has_end
+        if frozen and front.memory is None:
             yield front
+
+
+def with_memory(member: Any, memory: Any) -> Any:
+    """Copy a member, so that what its frozen network gives is kept in this cache.
+
+    Weights and fitted state are not copied, and a `memory` of the user's stays.
+    """
+    new = type(member).__new__(type(member))
+    vars(new).update(vars(member))  # copy.copy would pickle the network
+    if isinstance(new, Pipeline):
+        (name, front), *rest = new.steps
+        new.steps = [(name, with_memory(front, memory)), *rest]
+    elif memory is None and isinstance(getattr(new, "memory", None), MemoryCache):
+        new.memory = None
+    elif new in frozen_fronts([new]):
+        new.memory = memory
+    return new

@@ -305,7 +305,7 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
 
     def _project(self, whole: bool, seed: int) -> None:
         """Put the last layers behind the features."""
-        width, n_features = self.projection, self._n_features()
+        width, n_features = self.projection, sum(self._widths)
         layers: list[nn.Module] = []
         with OwnDraws(seed):
             if width == "auto" and not whole:
@@ -345,11 +345,10 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
             balanced_batches(normal, outliers, self.batch_size, rng)
         )
         first = True
-        for _, rows in halves:
-            others = next(halves)[1] if noise is None else noise(len(rows))
-            x = torch.from_numpy(np.concatenate([rows, others])).to(device)
-            outlier = torch.arange(len(x), device=device) >= len(rows)
-            z = network(x)
+        for index, inputs in halves:
+            others = next(halves)[1] if noise is None else noise(len(index))
+            z = network(*map(torch.cat, zip(inputs, others, strict=True)))
+            outlier = torch.arange(len(z), device=device) >= len(index)
             if first and self.objective == "hsc":
                 self._check_outliers(z, outlier)
             first = False
@@ -442,7 +441,7 @@ def whitening(features: NDArray[np.float32]) -> nn.Linear:
 
 
 class Noise:
-    """Rows drawn evenly from the box that holds the normal ones.
+    """Samples drawn evenly from the box that holds the normal ones.
 
     Told apart from such a background, normal samples' density is learnt
     (Steinwart et al., 2005).
@@ -452,12 +451,19 @@ class Noise:
         self, outputs: PassOutputs, normal: NDArray[np.intp], seed: int
     ) -> None:
         self.rng = np.random.RandomState(seed)
-        self.low, self.high = np.inf, -np.inf
-        for _, rows in outputs.batches(chunks(normal, outputs.task.batch_size)):
-            self.low = np.minimum(self.low, rows.min(axis=0))
-            self.high = np.maximum(self.high, rows.max(axis=0))
+        self.low: list[Any] = []
+        self.high: list[Any] = []
+        batches = outputs.batches(chunks(normal, outputs.task.batch_size))
+        for _, inputs in batches:
+            low, high = [x.amin(dim=0) for x in inputs], [x.amax(dim=0) for x in inputs]
+            self.low = list(map(torch.minimum, self.low or low, low))
+            self.high = list(map(torch.maximum, self.high or high, high))
 
-    def __call__(self, n: int) -> NDArray[np.float32]:
-        """Draw n rows."""
-        drawn = self.rng.random_sample((n, len(self.low)))
-        return (self.low + drawn * (self.high - self.low)).astype(np.float32)
+    def __call__(self, n: int) -> list[Tensor]:
+        """Draw n samples of what the live end is given."""
+        drawn = self.rng.random_sample((n, sum(low.numel() for low in self.low)))
+        parts = torch.from_numpy(drawn).split([low.numel() for low in self.low], dim=1)
+        return [
+            (low + part.to(low.device).view(n, *low.shape) * (high - low)).float()
+            for part, low, high in zip(parts, self.low, self.high, strict=True)
+        ]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from functools import partial
-from itertools import compress, islice
+from itertools import compress
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -23,12 +22,20 @@ from torch.nn import functional as F
 from ..backbones import Backbone
 from ..backbones._cloner import make_cloner
 from ..base import check_groups, draw_seed, keep_state_on_error, known_normal
-from ..draws import OwnDraws, each_with_own_draws
-from ..inference import FeaturePass, PassOutputs, TapPass, iter_features
+from ..draws import OwnDraws
+from ..inference import INPUT, PassOutputs, Tap, flat, iter_outputs, to_tensor
 from ..inputs import Vectors, chunks
-from ..localization import MapPass, fit_size, gradient, guided, refine, smoothgrad
+from ..localization import (
+    Attribution,
+    MapPass,
+    fit_size,
+    gradient,
+    guided,
+    refine,
+    smoothgrad,
+)
 from ..scorers._base import row_digests
-from ..training import DivergedError, batchnorm_batches, train
+from ..training import batchnorm_batches
 from ._base import (
     TrainedDetector,
     as_unseen,
@@ -37,7 +44,6 @@ from ._base import (
     hold_out,
 )
 from ._source_and_cloner import (
-    RESIDUAL,
     TINY,
     SourceAndCloner,
     discrepancy,
@@ -347,11 +353,11 @@ default="discrepancy"
             groups = None if groups is None else groups[normal]
         rng = check_random_state(self.random_state)
         self.score_stages_ = self._check_score_stages()
-        taps = TapPass(**vars(self._feature_pass()))
-        sample_shape = taps.sample_shape(inputs)
+        front = self._front()
+        sample_shape = front.sample_shape(inputs)
         augment = self._augmentation(draw_seed(rng))
-        outputs = PassOutputs(taps, inputs, self.max_cache_bytes, augment)
-        shapes = self._tap_shapes(sample_shape)
+        outputs = PassOutputs(front, inputs, self.max_cache_bytes, augment)
+        shapes = front.shapes(sample_shape)
         averages, digests = self._measure(outputs, shapes)
         rows = np.flatnonzero(~np.isnan(averages).any(axis=(1, 2)))
         self._check_enough(len(rows))
@@ -362,16 +368,18 @@ default="discrepancy"
         seed = draw_seed(rng)
         cloner = self._make_cloner(sample_shape, shapes, seed)
         network = SourceAndCloner(self.backbone_, cloner, self.stages_, means, scales)
-        self._train(network, outputs, shapes, rows[~held_out], rng, seed + 1)
+        self._train(network, outputs, rows[~held_out], rng, seed + 1)
         if self.discrepancy == "mahalanobis":
-            self._learn_precisions(network, outputs, shapes, rows[~held_out])
+            self._learn_precisions(network, outputs, rows[~held_out])
         self._network, self.cloner_ = network, network.stages["cloner"]
         self._widths = [1] if network.scored else [2] * len(self.stages_)
         self._has_maps = any(
             len(shape) == 3 and name in self.score_stages_
             for name, shape in zip(self.stages_, shapes[1:], strict=True)
         )
-        self._learn_threshold(self._all_features(inputs)[rows], held_out)
+        settled = outputs.unchanged(chunks(rows, self.batch_size))
+        found = self._gather(self._embed(settled), len(inputs))
+        self._learn_threshold(found[rows], held_out)
         self._noise_seed = draw_seed(rng)
         return self
 
@@ -395,13 +403,11 @@ default="discrepancy"
             raise ValueError("rotation and scaling are for images; X holds vectors.")
         return Augmentation(self.rotation, (low, high), seed)
 
-    def _tap_shapes(self, sample_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Measure a sample as the source sees it, and what its stages make of it."""
-        sample = torch.zeros(1, *sample_shape)
-        with torch.inference_mode():
-            outputs = self.backbone_.forward_stages(sample, self.stages_)
-        first = self.backbone_.normalize(sample)
-        return [first.shape[1:], *(outputs[name].shape[1:] for name in self.stages_)]
+    def _taps(self) -> tuple[Tap, ...]:
+        return Tap(INPUT, "output"), *(Tap(stage, "map") for stage in self.stages_)
+
+    def _end(self) -> SourceAndCloner:
+        return self._network
 
     def _measure(
         self, outputs: PassOutputs, shapes: list[tuple[int, ...]]
@@ -411,15 +417,15 @@ default="discrepancy"
         Samples that cannot be read have NaN. The other array holds digests, by which
         copies are known.
         """
-        task, n = outputs.task, len(outputs.inputs)
-        row: Any = (np.float32, (sum(map(np.prod, shapes)),))
+        n = len(outputs.inputs)
         # by sample, so that sums do not depend on the order in which they come
         averages = np.full((n, 2, sum(s[0] for s in shapes[1:])), np.nan, np.float32)
         digests = np.zeros(n, dtype=np.uint64)
-        for index, values in outputs.keep(self._run(task, outputs.inputs, False, row)):
-            x, *taps = to_taps(values, shapes)
-            digests[index] = row_digests(x.flatten(1).numpy())
-            maps = [tap.reshape(*tap.shape[:2], -1) for tap in taps]
+        batches = self._run(outputs.task, outputs.inputs, fitting=False)
+        for index, (x, *taps) in outputs.keep(batches):
+            digests[index] = row_digests(flat([x]))
+            found = [to_tensor(tap).float() for tap in taps]
+            maps = [tap.reshape(*tap.shape[:2], -1) for tap in found]
             for k, power in enumerate((1, 2)):
                 mean = torch.cat([(m**power).mean(dim=2) for m in maps], dim=1)
                 averages[index, k] = mean.numpy()
@@ -482,34 +488,23 @@ default="discrepancy"
         self,
         network: SourceAndCloner,
         outputs: PassOutputs,
-        shapes: list[tuple[int, ...]],
         rows: NDArray[np.intp],
         rng: np.random.RandomState,
         seed: int,
     ) -> None:
         """Train the cloner until the loss has converged, or the budget is spent."""
-        device = outputs.task.device
-        network.frozen().to(device)
+        network.frozen().to(outputs.task.device)
         cloner = network.stages["cloner"].requires_grad_(True)
-        if len(shapes[0]) == 3:
+        if not network.vectors:
             cloner = cloner.to(memory_format=torch.channels_last)
         optimizer = torch.optim.Adam(cloner.parameters(), lr=self.learning_rate)
-        found = self._losses(network, outputs, shapes, rows, rng)
-        # the cloner may be of a kind that draws in training: dropout
-        drawn = each_with_own_draws(islice(found, self.max_steps), seed)
-        steps = train(optimizer, drawn)
+        found = self._losses(network, outputs, rows, rng)
         cloner.train()
         curve: list[float] = []
-        try:
-            for loss in self._track(steps, self.max_steps, fitting=True, unit="step"):
-                curve.append(loss)
-                if has_converged(curve, self.tol):
-                    break
-        except DivergedError as error:
-            raise ValueError(
-                f"Training failed: {error} after {len(curve)} steps. Lower "
-                "learning_rate, or set standardize=True."
-            ) from error
+        for loss in self._take_steps(optimizer, found, self.max_steps, seed):
+            curve.append(loss)
+            if has_converged(curve, self.tol):
+                break
         self.loss_curve_ = np.array(curve)
         self.n_iter_ = len(curve)
         network.frozen().cpu()
@@ -518,25 +513,20 @@ default="discrepancy"
         self,
         network: SourceAndCloner,
         outputs: PassOutputs,
-        shapes: list[tuple[int, ...]],
         rows: NDArray[np.intp],
         rng: np.random.RandomState,
     ) -> Iterator[Tensor]:
         """Give Eq. 4 for one mini-batch after the other, without end."""
         mini_batches = batchnorm_batches(rows, self.batch_size, rng)
         weights: Tensor | None = None
-        for pairs in paired(network, outputs, shapes, mini_batches):
+        for pairs in paired(network, outputs, mini_batches):
             both = torch.stack([losses(s, c).mean(dim=0) for s, c in pairs]).sum(dim=0)
             if weights is None:
                 weights = self._settle_weights(*both.tolist()).to(both.device)
             yield both @ weights
 
     def _learn_precisions(
-        self,
-        network: SourceAndCloner,
-        outputs: PassOutputs,
-        shapes: list[tuple[int, ...]],
-        rows: NDArray[np.intp],
+        self, network: SourceAndCloner, outputs: PassOutputs, rows: NDArray[np.intp]
     ) -> None:
         """Learn how residuals of normal images vary, by stage."""
         network.to(outputs.task.device)
@@ -544,7 +534,7 @@ default="discrepancy"
         covariances: list[Any] = [0.0] * sum(scored)
         batches = chunks(rows, self.batch_size)
         with torch.no_grad():
-            for pairs in paired(network, outputs, shapes, batches):
+            for pairs in paired(network, outputs, batches):
                 for k, (source, cloner) in enumerate(compress(pairs, scored)):
                     flat = residuals(source, cloner).transpose(0, 1).flatten(1)
                     share = len(source) / len(rows) / flat.shape[1]
@@ -567,16 +557,6 @@ default="discrepancy"
         both = {"total": [1.0, weight], "value": [1.0, 0.0], "direction": [0.0, 1.0]}
         self._weights = both[self.loss]
         return torch.tensor(self._weights)
-
-    def _network_pass(self) -> FeaturePass:
-        network = self._network
-        stages = (RESIDUAL,) if network.scored else self.stages_
-        return replace(self._feature_pass(), backbone=network, stages=stages)
-
-    def _batches(
-        self, inputs: Vectors, fitting: bool
-    ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
-        return self._run(self._network_pass(), inputs, fitting)
 
     def _learn_threshold(
         self, losses: NDArray[np.float32], held_out: NDArray[np.bool_]
@@ -629,8 +609,8 @@ default="discrepancy"
         maps = [
             np.full(self.image_size_, np.nan, np.float32) for _ in range(len(inputs))
         ]
-        batches = iter_features(task, inputs, on_error=self.on_error)
-        for index, rows in self._track(batches, len(inputs), False):
+        batches = iter_outputs(task, inputs, on_error=self.on_error)
+        for index, (rows,) in self._track(batches, len(inputs), False):
             found = rows.reshape(len(rows), *self.image_size_)
             for i, found_map in zip(
                 index, refine(found, self.sigma, self.opening), strict=True
@@ -639,10 +619,13 @@ default="discrepancy"
         same_size = len({found.shape for found in maps}) == 1
         return np.stack(maps) if same_size else maps
 
+    def _whole_network(self) -> dict[str, Any]:
+        """Give what a pass is made of that goes through source and cloner."""
+        return {**vars(self._front()), "backbone": self._network, "taps": ()}
+
     def _map_pass(self, inputs: Vectors) -> MapPass:
         """Choose what maps show."""
-        task = self._network_pass()
-        options = vars(task)
+        options = self._whole_network()
         total = partial(total_loss, self.score_stages_, self._weights)
         if self.localization == "discrepancy":
             attribution = (
@@ -663,32 +646,38 @@ default="discrepancy"
             ).frozen()
         if self.localization == "smoothgrad":
             generator = torch.Generator().manual_seed(self._noise_seed)
-            shape = self.n_noisy, *task.sample_shape(inputs)
+            shape = self.n_noisy, *self._front().sample_shape(inputs)
             noise = self.noise * torch.randn(shape, generator=generator)
             return MapPass(**options, attribution=partial(smoothgrad, total, noise))
         return MapPass(**options, attribution=partial(gradient, total))
 
 
+def attributions(
+    detector: KDClonerEstimator, X: Any, attribution: Attribution
+) -> NDArray[np.float32]:
+    """Give an attribution of each image, which needs gradients, in one row."""
+    inputs = detector._check_inputs(X)
+    options = {**detector._whole_network(), "dtype": torch.float32}
+    task = MapPass(**options, attribution=attribution)
+    batches = iter_outputs(task, inputs, on_error=detector.on_error)
+    return np.concatenate([rows for _, (rows,) in batches])
+
+
+def stage_losses(detector: KDClonerEstimator, X: Any) -> NDArray[np.float32]:
+    """Give the value loss (Eq. 1) of each stage, for each image."""
+    return detector._all_features(detector._check_inputs(X))[:, ::2]
+
+
 def paired(
-    network: SourceAndCloner,
-    outputs: PassOutputs,
-    shapes: list[tuple[int, ...]],
-    batches: Iterable[NDArray[np.intp]],
+    network: SourceAndCloner, outputs: PassOutputs, batches: Iterable[NDArray[np.intp]]
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Give each stage's activations in the source and the cloner, batch by batch."""
     task = outputs.task
     mixed = task.dtype == torch.bfloat16
-    for _, values in outputs.batches(batches):
-        x, *taps = (tap.to(task.device) for tap in to_taps(values, shapes))
+    for _, inputs in outputs.batches(batches):
         with torch.autocast(task.device.type, torch.bfloat16, enabled=mixed):
-            imitated = network.imitate(x)
-        yield list(zip(network.standardize(taps), imitated, strict=True))
-
-
-def to_taps(values: NDArray[np.float32], shapes: list[tuple[int, ...]]) -> list[Tensor]:
-    """Part what `TapPass` gives: samples as the source sees them, and activations."""
-    parts = torch.from_numpy(values).split([int(np.prod(s)) for s in shapes], dim=1)
-    return [part.reshape(-1, *s) for part, s in zip(parts, shapes, strict=True)]
+            pairs = network.pairs(*inputs)
+        yield list(pairs.values())
 
 
 def check_scaling(scaling: Any) -> tuple[float, float]:

@@ -23,8 +23,7 @@ from torch.nn import functional as F
 from ..backbones import Backbone
 from ..base import check_groups, draw_seed, keep_state_on_error
 from ..draws import OwnDraws
-from ..inference import JunctionPass, PassOutputs, fingerprint, frozen_copy
-from ..inputs import Vectors
+from ..inference import FeaturePass, PassOutputs, fingerprint, frozen_copy
 from ..training import batchnorm_batches
 from ._trained import FineTunedDetector, TrainedEnd
 
@@ -101,8 +100,8 @@ def normality(outputs: Tensor, score: str, n_classes: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class PerturbedPass(JunctionPass):
-    """`JunctionPass` of images that were first changed so that they score higher."""
+class PerturbedPass(FeaturePass):
+    """A pass of images that were first changed so that they score higher."""
 
     end: TrainedEnd
     score: str
@@ -113,15 +112,13 @@ class PerturbedPass(JunctionPass):
         end = frozen_copy(self.end, x.device, torch.float32)
         with torch.inference_mode(False), torch.enable_grad():
             x = x.clone().requires_grad_()
-            rows = torch.cat(super()._outputs(network, x), dim=1)
-            scores = normality(end(rows), self.score, self.n_classes)
+            outputs = end(*super()._outputs(network, x))
+            scores = normality(outputs, self.score, self.n_classes)
             (slope,) = torch.autograd.grad(scores.sum(), x)
         return super()._outputs(network, x.detach() + self.size * slope.sign())
 
-    def key(self) -> str:
-        """Name this pass: the same name, the same rows."""
-        told = self.score, self.size, fingerprint(self.end)
-        return f"{super().key()}-{told}"
+    def _told(self) -> tuple[Any, ...]:
+        return *super()._told(), self.score, self.size, fingerprint(self.end)
 
 
 class OpenSetClassifier(ClassifierMixin, FineTunedDetector):
@@ -324,7 +321,7 @@ default="max_logit"
 
     def _put_head(self, seed: int) -> None:
         """Put what gives the logits behind the features."""
-        n_features, n_classes = self._n_features(), len(self.classes_)
+        n_features, n_classes = sum(self._widths), len(self.classes_)
         with OwnDraws(seed):
             if self.head in GODIN:
                 head: nn.Module = Deconfidence(self.head, n_features, n_classes)
@@ -381,13 +378,12 @@ default="max_logit"
         network = self._network.to(device)
         n_classes = len(self.classes_)
         drawn = batchnorm_batches(rows, self.batch_size, rng)
-        for index, batch in outputs.batches(drawn):
-            x = torch.from_numpy(batch).to(device)
-            logits = network(x)[:, :n_classes]
+        for index, inputs in outputs.batches(drawn):
+            logits = network(*inputs)[:, :n_classes]
             wanted = torch.from_numpy(targets[index]).to(device)
             loss = F.cross_entropy(logits, wanted)
             if decoder is not None:
-                image = network.handed_on(x)
+                (image,) = inputs
                 error = F.mse_loss(decoder(network.encode(image)), image)
                 loss = loss + self.reconstruction_weight * error
             yield loss
@@ -414,18 +410,16 @@ default="max_logit"
         self._set_offset(scores[np.isfinite(scores)])
         return self
 
-    def _batches(self, inputs: Vectors, fitting: bool) -> Any:
+    def _front(self) -> FeaturePass:
         if not self.perturbation:
-            return super()._batches(inputs, fitting)
-        task = PerturbedPass(
-            **{**vars(self._junction_pass()), "dtype": torch.float32},
+            return super()._front()
+        return PerturbedPass(
+            **{**vars(super()._front()), "dtype": torch.float32},
             end=self._network,
             score=self.anomaly_score,
             n_classes=len(self.classes_),
             size=self.perturbation,
         )
-        row = np.float32, (self._n_columns,)
-        return self._run_end(self._run(task, inputs, fitting, row))
 
     def _score(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
         outputs = torch.from_numpy(features.astype(np.float64))

@@ -6,8 +6,6 @@ import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
-from itertools import islice
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,7 +26,7 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..backbones._backbone import Adapted, Versions
+from ..backbones._backbone import Adapted, Versions, pool
 from ..backbones._pretrained import read_tensors
 from ..base import (
     check_groups,
@@ -39,19 +37,12 @@ from ..base import (
 )
 from ..draws import OwnDraws
 from ..fisher import check_classes, mean_squared_gradients, sampled_loss
-from ..inference import (
-    FeaturePass,
-    PassOutputs,
-    TrunkPass,
-    pool,
-    regroup,
-    to_tensor,
-)
-from ..inputs import Vectors, chunks
+from ..inference import INPUT, PassOutputs, Tap
+from ..inputs import chunks
 from ..objectives import compactness, elastic_penalty, outlier_exposure
 from ..scorers import CentroidScorer, KMeansScorer, KNNScorer
 from ..scorers._base import Scorer, row_digests
-from ..training import DivergedError, balanced_batches, shuffled_batches, train
+from ..training import balanced_batches, shuffled_batches
 from ._base import TrainedDetector, as_unseen, find_related, hold_out
 
 SCORERS = {"knn": KNNScorer, "kmeans": KMeansScorer, "centroid": CentroidScorer}
@@ -67,7 +58,6 @@ PAPER_STEPS: dict[str | None, int] = {
 }
 MAX_EPOCHS = 50  # how often the paper's longest adaptation shows each image
 COLLAPSED = 0.01  # of the features' spread: less was worse than no adaptation
-AT_ONCE = 4  # mini-batches that pass the adapted stages together
 FISHER_SAMPLES = 100  # as many draws as the paper takes mini-batches
 
 
@@ -111,18 +101,18 @@ class Adaptation:
         of_head = self.head.parameters() if self.head else ()
         return [*self.trained.values(), *(p for p in of_head if p.requires_grad)]
 
-    def pooled(self, x: NDArray[Any]) -> Tensor:
+    def pooled(self, x: Tensor) -> Tensor:
         """Give features, from what the frozen stages made of images."""
-        return pool(self.stages(to_tensor(x).to(self.device).float()))
+        return pool(self.stages(x))
 
-    def psi(self, x: NDArray[Any]) -> Tensor:
+    def psi(self, x: Tensor) -> Tensor:
         """Give features, of unit length where so wanted."""
         return unit_length(self.pooled(x), self.normalize)
 
     def compactness(self) -> Iterator[Tensor]:
         """Eq. 1."""
         shuffled = shuffled_batches(self.rows, self.batch_size, self.rng)
-        for _, x in self.outputs.batches(shuffled):
+        for _, (x,) in self.outputs.batches(shuffled):
             yield compactness(self.psi(x), self.center)
 
     def joint(
@@ -134,7 +124,7 @@ class Adaptation:
         rng = np.random.RandomState(self.seed + 1)
         shuffled = shuffled_batches(everything, self.batch_size, rng)
         pretraining = images.batches(shuffled)
-        for loss, (index, x) in zip(self.compactness(), pretraining, strict=True):
+        for loss, (index, (x,)) in zip(self.compactness(), pretraining, strict=True):
             logits = self.head(self.pooled(x))
             target = classes[index].to(self.device)
             yield F.cross_entropy(logits, target) + alpha * loss
@@ -145,7 +135,7 @@ class Adaptation:
         generator = torch.Generator().manual_seed(draw_seed(rng))
         losses = (
             sampled_loss(self.pooled(x), self.head, generator)
-            for _, x in self.outputs.batches(chunks(chosen, 1))
+            for _, (x,) in self.outputs.batches(chunks(chosen, 1))
         )
         return mean_squared_gradients(list(self.trained.values()), losses)
 
@@ -163,8 +153,8 @@ class Adaptation:
         """Eq. 5, over as many outliers as normal samples."""
         drawn = balanced_batches(self.rows, outliers, self.batch_size, self.rng)
         halves = self.outputs.batches(drawn)
-        for _, normal in halves:
-            x = np.concatenate([normal, next(halves)[1]])
+        for _, (normal,) in halves:
+            x = torch.cat([normal, *next(halves)[1]])
             outlier = torch.arange(len(x), device=self.device) >= len(normal)
             logits = self.head(self.psi(x))[:, 0]
             yield outlier_exposure(logits, outlier)
@@ -314,6 +304,7 @@ None, default="ewc"
     joint_alpha: float = 0.1
     n_checkpoints: int = 10
 
+    _n_at_end: ClassVar = 4  # maps are small: many at once are quicker
     _saved: ClassVar = {
         "scorer": BaseEstimator,
         "scorers_": BaseEstimator,
@@ -419,16 +410,17 @@ None, default="ewc"
         Raises
         ------
         ValueError
-            If X, y or a parameter is not what is described here.
+            If X, y or a parameter is not what is described here, or if training
+            diverges.
         FileNotFoundError
             If image files, or the weights, are missing.
 
         Warns
         -----
         ConvergenceWarning
-            If the loss is not finite, if features collapse (held-out images keep
-            less than 1 % of their spread), or if images are shown more often than in
-            the paper's longest adaptation (50 times).
+            If features collapse (held-out images keep less than 1 % of their
+            spread), or if images are shown more often than in the paper's longest
+            adaptation (50 times).
         """
         inputs = self._fit_inputs(X)
         groups = check_groups(groups, len(inputs))
@@ -445,12 +437,12 @@ None, default="ewc"
             normal = normal[normal]
         rng = check_random_state(self.random_state)
         stages = self._copy_stages()
-        trunk = self._trunk_pass()
-        self._trunk_row = trunk.row(inputs)
+        front = self._front()
+        (self._front_shape,) = front.shapes(front.sample_shape(inputs))
         self._use({"step0": copy.deepcopy(stages)})
-        outputs = PassOutputs(trunk, inputs, self.max_cache_bytes)
-        first = outputs.keep(self._run_trunk(inputs, not self.adaptation))
-        features = self._gather(self._run_versions(first), len(inputs))
+        outputs = PassOutputs(front, inputs, self.max_cache_bytes)
+        first = outputs.keep(self._run(front, inputs, not self.adaptation))
+        features = self._gather(self._embed(first), len(inputs))
         readable = ~np.isnan(features).any(axis=1)
         rows = np.flatnonzero(normal & readable)
         self._check_enough(len(rows))
@@ -515,43 +507,21 @@ None, default="ewc"
             )
         return stages
 
-    def _trunk_pass(self) -> TrunkPass:
-        """Name the stages before the first trained one."""
-        names = self.backbone_.stage_names
-        first = names.index(self.trained_stages_[0])
-        return TrunkPass(**{**vars(self._feature_pass()), "stages": names[:first]})
+    def _taps(self) -> tuple[Tap, ...]:
+        names = (INPUT, *self.backbone_.stage_names)
+        return (Tap(names[names.index(self.trained_stages_[0]) - 1], "output"),)
+
+    def _end(self) -> Versions:
+        return self._versions
 
     def _use(self, versions: Mapping[str, nn.Module]) -> None:
         """Take the features of these versions of the stages after them."""
-        _, shape = self._trunk_row
         first = self.trained_stages_[0]
-        self._versions = Adapted(self.backbone_, first, versions, shape).frozen()
-        self._widths = self._versions_pass().widths(shape)
-
-    def _versions_pass(self) -> FeaturePass:
-        task, names = self._feature_pass(), self._versions.stage_names
-        # their maps are small: the processor is quicker with more of them at once
-        size = AT_ONCE * self.batch_size
-        return replace(task, backbone=self._versions, stages=names, batch_size=size)
-
-    def _batches(
-        self, inputs: Vectors, fitting: bool
-    ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
-        return self._run_versions(self._run_trunk(inputs, fitting))
-
-    def _run_trunk(
-        self, inputs: Vectors, fitting: bool
-    ) -> Iterator[tuple[NDArray[np.intp], NDArray[Any]]]:
-        """Pass samples through the frozen stages."""
-        return self._run(self._trunk_pass(), inputs, fitting, self._trunk_row)
-
-    def _run_versions(
-        self, outputs: Iterable[tuple[NDArray[np.intp], NDArray[Any]]]
-    ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
-        """Turn what the frozen stages made of samples into features."""
-        task = self._versions_pass()
-        for index, values in regroup(outputs, task.batch_size):
-            yield index, task.run(to_tensor(values))
+        self._versions = Adapted(
+            self.backbone_, first, versions, self._front_shape
+        ).frozen()
+        (features,) = self._versions.probe()
+        self._widths = [features.shape[1] // len(versions)] * len(versions)
 
     def _hold_out(
         self, related: NDArray[Any], rng: np.random.RandomState
@@ -585,8 +555,8 @@ None, default="ewc"
             )
         inputs = self._check_inputs(X)
         classes = check_classes(y, len(inputs), self.backbone_)
-        outputs = PassOutputs(self._trunk_pass(), inputs, self.max_cache_bytes)
-        for _ in outputs.keep(self._run_trunk(inputs, False)):
+        outputs = PassOutputs(self._front(), inputs, self.max_cache_bytes)
+        for _ in outputs.keep(self._run(outputs.task, inputs, False)):
             pass
         return outputs, classes
 
@@ -631,24 +601,15 @@ None, default="ewc"
             momentum=self.momentum,
             weight_decay=self.weight_decay,
         )
-        steps = train(
-            optimizer, islice(losses, self.max_steps), clip_norm=self.clip_norm
-        )
         versions = {"step0": copy.deepcopy(adaptation.stages).cpu()}
-        tracked = self._track(steps, self.max_steps, fitting=True, unit="step")
+        steps = self._take_steps(
+            optimizer, losses, self.max_steps, adaptation.seed + 2, self.clip_norm
+        )
         curve = []
-        try:
-            for step, loss in enumerate(tracked, 1):
-                curve.append(loss)
-                if step in wanted:
-                    versions[f"step{step}"] = copy.deepcopy(adaptation.stages).cpu()
-        except DivergedError:
-            warnings.warn(
-                f"The loss was not finite after {len(curve)} steps; what was reached "
-                f"at {list(versions)[-1]} is used. Lower learning_rate or clip_norm.",
-                ConvergenceWarning,
-                stacklevel=3,
-            )
+        for step, loss in enumerate(steps, 1):
+            curve.append(loss)
+            if step in wanted:
+                versions[f"step{step}"] = copy.deepcopy(adaptation.stages).cpu()
         initial = self.include_initial and self._logit is None
         if len(versions) > 1 and not initial:
             del versions["step0"]
@@ -669,8 +630,8 @@ None, default="ewc"
         trained = {name: v for name, v in versions.items() if name != "step0"}
         if trained:
             self._use(trained)
-            again = outputs.batches(chunks(rows, self.batch_size))
-            features.append(self._gather(self._run_versions(again), len(initial)))
+            again = outputs.unchanged(chunks(rows, self.batch_size))
+            features.append(self._gather(self._embed(again), len(initial)))
         self._use(versions)
         together = np.hstack(features)
         before, after = initial[rows[held_out]], together[rows[held_out]]

@@ -11,21 +11,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backbones import Backbone
+from ..backbones._backbone import probes
 from ..objectives import direction_loss, value_loss
 
-# what stands for a stage where residuals are scored; no stage has a dot in its name
-RESIDUAL = "residual.largest"
 SHARE = 3 / 16  # of the sides of a map: the window that residuals are averaged over
 LARGEST = 1 / 20  # of a map's positions: those that an image is scored by
+Pairs = dict[str, tuple[Tensor, Tensor]]  # of the source and the cloner, by stage
 TINY = 1e-12  # an energy: places where neither network says anything
 
 
 class SourceAndCloner(Backbone):
     """A source and its cloner side by side, compared stage by stage.
 
-    Its "features" are two numbers for each stage: the value loss and the direction
-    loss of Eqs. 1 and 3. Once `precisions` are learnt, it has another stage,
-    `RESIDUAL`, of one number: the mean of the largest values of `residual_map`.
+    It is given samples as the source sees them, and the source's activations at the
+    stages that are compared. It gives two numbers for each stage: the value loss and
+    the direction loss of Eqs. 1 and 3; or, once `precisions` are learnt, one number:
+    the mean of the largest values of `residual_map`.
 
     Parameters
     ----------
@@ -58,11 +59,6 @@ class SourceAndCloner(Backbone):
         self.scored: tuple[str, ...] = ()  # the stages that precisions are of
         self.precisions = nn.ParameterList()
 
-    @property
-    def stage_names(self) -> tuple[str, ...]:
-        """Names of the stages that are compared."""
-        return self.compared
-
     def clone(self) -> Self:
         """Copy the weights, the source's too, which pickles as a name."""
         new = super().clone()
@@ -82,42 +78,53 @@ class SourceAndCloner(Backbone):
         outputs = in_order(self.stages["cloner"](x), self.compared)
         return [a.float() for a in outputs]
 
-    def activations(self, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Run both networks; give each stage's activations in the one and the other."""
+    def pairs(self, x: Tensor, *activations: Tensor) -> Pairs:
+        """Give each stage's activations in the source and in the cloner."""
+        expected = self.standardize(activations)
+        both = zip(expected, self.imitate(x), strict=True)
+        return dict(zip(self.compared, both, strict=True))
+
+    def of_images(self, x: Tensor) -> Pairs:
+        """Give the same from images in [0, 1], or vectors: run the source, too."""
         source: Any = self.stages["source"]
         outputs = source.forward_stages(x, self.compared)
-        expected = self.standardize(outputs[name] for name in self.compared)
-        pairs = zip(expected, self.imitate(source.normalize(x)), strict=True)
-        return dict(zip(self.compared, pairs, strict=True))
+        activations = [outputs[name] for name in self.compared]
+        return self.pairs(source.normalize(x), *activations)
 
-    def forward_stages(self, x: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
-        """Give the value and the direction loss of the named stages."""
-        if tuple(names) == (RESIDUAL,):
-            values = self.residual_map(x).flatten(1)
-            largest = values.topk(max(1, round(LARGEST * values.shape[1])))
-            return {RESIDUAL: largest.values.mean(dim=1, keepdim=True)}
-        pairs = self.activations(x)
-        return {name: losses(*pairs[name]) for name in names}
+    def forward(self, x: Tensor, *activations: Tensor) -> Tensor:
+        """Compare the stages: losses, or the largest residuals."""
+        pairs = self.pairs(x, *activations)
+        if not self.scored:
+            return torch.cat([losses(*pair) for pair in pairs.values()], dim=1)
+        values = self.residual_map(pairs).flatten(1)
+        largest = values.topk(max(1, round(LARGEST * values.shape[1])))
+        return largest.values.mean(dim=1, keepdim=True)
 
-    def residual_map(self, x: Tensor) -> Tensor:
+    def probe(self) -> list[Tensor]:
+        """Give both networks' activations for a random image, always the same."""
+        shape: tuple[int, ...] = (self.in_channels or 3,)
+        if not self.vectors:
+            shape = (*shape, *(self.input_size or (64, 64)))
+        return [a for pair in self.of_images(*probes(shape)).values() for a in pair]
+
+    def residual_map(self, pairs: Pairs) -> Tensor:
         """Give the Mahalanobis length of residuals, of all scored stages together.
 
         Parameters
         ----------
-        x : Tensor of shape (n_samples, ...)
-            Images in [0, 1], or vectors.
+        pairs : mapping of str to pair of Tensor
+            What `pairs` gives.
 
         Returns
         -------
         Tensor of shape (n_samples, height, width)
             At the size of the largest scored stage's maps.
         """
-        pairs = self.activations(x)
-        found = {name: residuals(*pairs[name]) for name in self.scored}
-        size = max((r.shape[2:] for r in found.values()), key=math.prod)
+        found = [residuals(*pairs[name]) for name in self.scored]
+        size = max((r.shape[2:] for r in found), key=math.prod)
         maps = []
-        with torch.autocast(x.device.type, enabled=False):
-            for precision, r in zip(self.precisions, found.values(), strict=True):
+        with torch.autocast(found[0].device.type, enabled=False):
+            for precision, r in zip(self.precisions, found, strict=True):
                 flat = r.flatten(2)
                 lengths = (flat * (precision @ flat)).mean(dim=1)
                 maps.append(lengths.view(len(r), *r.shape[2:]))
@@ -171,7 +178,8 @@ def total_loss(
     stages: tuple[str, ...], weights: list[float], network: Any, x: Tensor
 ) -> Tensor:
     """Eq. 4 over some stages, for each sample."""
-    both = torch.stack(list(network.forward_stages(x, stages).values()))
+    pairs = network.of_images(x)
+    both = torch.stack([losses(*pairs[name]) for name in stages])
     return both.sum(dim=0) @ torch.tensor(weights, device=x.device)
 
 
@@ -179,7 +187,7 @@ def discrepancy(
     stages: tuple[str, ...], weights: list[float], network: Any, x: Tensor
 ) -> Tensor:
     """Eq. 4 position by position: maps of all stages, brought to one size."""
-    pairs = network.activations(x)
+    pairs = network.of_images(x)
     maps = []
     for name in stages:
         source, cloner = pairs[name]
@@ -192,7 +200,7 @@ def discrepancy(
 
 def residual_map(network: Any, x: Tensor) -> Tensor:
     """`SourceAndCloner.residual_map`, brought to the size of the images."""
-    return sum_maps([network.residual_map(x)], x.shape[2:])
+    return sum_maps([network.residual_map(network.of_images(x))], x.shape[2:])
 
 
 def sum_maps(maps: list[Tensor], size: Any) -> Tensor:

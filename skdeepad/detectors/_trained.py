@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from numbers import Real
 from typing import Any, ClassVar, NamedTuple
@@ -21,33 +19,26 @@ from sklearn.utils.validation import _check_y
 from torch import Tensor, nn
 
 from ..backbones import Backbone
+from ..backbones._backbone import pool, probes
 from ..backbones._decoder import make_decoder
 from ..backbones._pretrained import is_pretrained
 from ..base import draw_seed
-from ..draws import OwnDraws, each_with_own_draws
-from ..inference import (
-    FeaturePass,
-    JunctionPass,
-    PassOutputs,
-    frozen_copy,
-    pool,
-    regroup,
-)
+from ..draws import OwnDraws
+from ..inference import INPUT, PassOutputs, Tap, flat, frozen_copy
 from ..inputs import Vectors, chunks
 from ..scorers._base import row_digests
-from ..training import DivergedError, train
 from ._base import N_STAGES, TrainedDetector, by_rank_as_unseen, find_related, hold_out
 
 DECAY = 0.1  # of the learning rate at a milestone
 SPREAD = 1e-4  # of scores, relative to their size: less is none
 N_LOOKED_AT = 256  # columns of a row, to know near copies by
-Rows = Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]
 
 
 class TrainedEnd(Backbone):
     """The end of a network that is trained, behind stages that are not.
 
-    Its input is a row of `JunctionPass`; its output is what the objective sees: the
+    It is given what the last frozen stage makes of samples, if stages follow that,
+    and the features of frozen stages. Its output is what the objective sees: the
     features of the frozen and of the trained stages side by side, whitened if so
     wanted, and projected.
 
@@ -60,7 +51,7 @@ class TrainedEnd(Backbone):
     taps : tuple of str
         The stages whose outputs, averaged over positions, are features.
     n_features : int
-        How many features come with the row.
+        How many features of frozen stages there are.
     source : Backbone
         The network that the stages are of.
     """
@@ -91,34 +82,33 @@ class TrainedEnd(Backbone):
         """Whether the last layer is made to give an objective its outputs."""
         return isinstance(list(self.stages.modules())[-1], nn.Linear)
 
-    def handed_on(self, rows: Tensor) -> Tensor:
-        """Give what the first trained stage takes."""
-        return rows[:, : self.n_handed_on].unflatten(1, self.shape)
-
     def encode(self, x: Tensor) -> Tensor:
         """Give the last trained stage's output, as it is."""
         for stage in self.stages.values():
             x = stage(x)
         return x
 
-    def features(self, rows: Tensor) -> Tensor:
+    def features(self, *inputs: Tensor) -> Tensor:
         """Give the features of all stages that count, in the order of the network."""
-        outputs = [rows[:, self.n_handed_on :]]
-        if self.n_handed_on:
-            x = self.handed_on(rows)
-            for name, stage in self.stages.items():
-                x = stage(x)
-                if name in self.taps:
-                    outputs.append(pool(self.as_map(x)))
+        if not self.n_handed_on:
+            return torch.cat(inputs, dim=1)
+        x, *outputs = inputs
+        for name, stage in self.stages.items():
+            x = stage(x)
+            if name in self.taps:
+                outputs.append(pool(self.as_map(x)))
         return torch.cat(outputs, dim=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor:
         """Give what the objective sees."""
-        return self.projection(self.whitening(self.features(x)))
+        return self.projection(self.whitening(self.features(*inputs)))
 
-    def forward_stages(self, x: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
-        """Give the same, under any name that is asked for."""
-        return dict.fromkeys(names, self(x))
+    def probe(self) -> list[Tensor]:
+        """Give what the objective sees of random inputs, always the same."""
+        shapes = [(self.in_channels - self.n_handed_on,)]  # type: ignore[operator]
+        if self.n_handed_on:
+            shapes = [self.shape, *shapes]
+        return [self(*probes(*shapes))]
 
 
 class FirstPass(NamedTuple):
@@ -163,6 +153,8 @@ class ObjectiveDetector(TrainedDetector):
     augmentation: Any = None
 
     _saved: ClassVar = {"_network": TrainedEnd}
+    # what the frozen stages gain in bfloat16, distances would lose
+    _end_dtype: ClassVar = torch.float32
 
     _parameter_constraints: ClassVar = {
         "milestones": [tuple, list],
@@ -183,21 +175,29 @@ class ObjectiveDetector(TrainedDetector):
         self._frozen_stages = names[:first]
         if trained:
             self.backbone_ = self.backbone_.clone()
-        task = self._junction_pass()
+        task = self._pass(self._taps())
         # copied before training sets the modes of modules that both hold
         frozen_copy(self.backbone_, task.device, task.dtype)
-        shape = task.sample_shape(inputs)
-        self._n_columns = sum(task.widths(shape))
-        junction = task.junction_shape(shape)
+        shapes = task.shapes(task.sample_shape(inputs))
         self._network = TrainedEnd(
             {name: self.backbone_.stages[name] for name in names[first:]},
-            junction,
+            shapes[0] if trained else (),
             self.stages_,
-            self._n_columns - (prod(junction) if trained else 0),
+            sum(width for (width,) in (shapes[1:] if trained else shapes)),
             self.backbone_,
         )
         augment = self._augment(draw_seed(rng))
         return PassOutputs(task, inputs, self.max_cache_bytes, augment)
+
+    def _taps(self) -> tuple[Tap, ...]:
+        frozen = tuple(t for t in self._averages() if t.stage in self._frozen_stages)
+        if not self.trained_stages_:
+            return frozen
+        last = self._frozen_stages[-1] if self._frozen_stages else INPUT
+        return Tap(last, "output"), *frozen
+
+    def _end(self) -> TrainedEnd:
+        return self._network
 
     def _augment(self, seed: int) -> Callable[[Tensor], Tensor] | None:
         if self.augmentation is None:
@@ -208,38 +208,18 @@ class ObjectiveDetector(TrainedDetector):
             return paper_augmentation(self.image_size_, seed)
         return Augmentation(self.augmentation, seed)
 
-    def _junction_pass(self) -> JunctionPass:
-        return JunctionPass(
-            **vars(self._feature_pass()),
-            frozen=self._frozen_stages,
-            handed_on=bool(self.trained_stages_),
-        )
-
-    def _end_pass(self) -> FeaturePass:
-        # in float32: what the frozen stages gain in bfloat16, distances would lose
-        return replace(
-            self._feature_pass(),
-            backbone=self._network,
-            stages=("output",),
-            dtype=torch.float32,
-        )
-
-    def _n_features(self) -> int:
-        """Measure how many features the stages give that count."""
-        rows = torch.zeros(1, self._n_columns)
-        with torch.inference_mode():
-            return self._network.frozen().features(rows).shape[1]
-
     def _pass_once(self, outputs: PassOutputs) -> FirstPass:
         """Pass all samples through the frozen stages."""
-        n = len(outputs.inputs)
-        some = slice(None, None, max(1, self._n_columns // N_LOOKED_AT))
+        n, n_columns = len(outputs.inputs), self._network.in_channels or 0
+        some = slice(None, None, max(1, n_columns // N_LOOKED_AT))
         seen = FirstPass(
             np.zeros(n, dtype=bool),
-            np.zeros((n, len(range(self._n_columns)[some])), dtype=np.float32),
+            np.zeros((n, len(range(n_columns)[some])), dtype=np.float32),
             np.zeros(n, dtype=np.uint64),
         )
-        for index, rows in outputs.keep(self._run_frozen(outputs.inputs, False)):
+        batches = self._run(outputs.task, outputs.inputs, fitting=False)
+        for index, arrays in outputs.keep(batches):
+            rows = flat(arrays)
             seen.readable[index] = True
             seen.columns[index] = rows[:, some]
             seen.digests[index] = row_digests(rows)
@@ -262,11 +242,10 @@ class ObjectiveDetector(TrainedDetector):
     ) -> NDArray[np.float32]:
         """Give what the network, as it is, makes of training samples."""
         network = self._network.frozen()
-        device = outputs.task.device
         found = []
-        for _, rows in outputs.batches(chunks(index, self.batch_size)):
+        for _, inputs in outputs.batches(chunks(index, self.batch_size)):
             with torch.inference_mode():
-                found.append(network(torch.from_numpy(rows).to(device)).cpu())
+                found.append(network(*inputs).cpu())
         return torch.cat(found).numpy()
 
     def _train(
@@ -291,24 +270,15 @@ class ObjectiveDetector(TrainedDetector):
         )
         if not all(0 < m < 1 for m in self.milestones):
             raise ValueError(
-                f"milestones={self.milestones!r} are to be shares of the steps, in "
-                "(0, 1)."
+                f"milestones={self.milestones!r} must be shares of the steps, "
+                "in (0, 1)."
             )
         steps = sorted({round(m * n_steps) for m in self.milestones})
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, steps, DECAY)
-        # what a network draws in training: dropout
-        drawn = each_with_own_draws(islice(losses, n_steps), draw_seed(rng))
-        taken = train(optimizer, drawn)
-        curve: list[float] = []
-        try:
-            for loss in self._track(taken, n_steps, True, unit="step"):
-                curve.append(loss)
-                schedule.step()
-        except DivergedError as error:
-            raise ValueError(
-                f"Training failed: {error} after {len(curve)} steps. Lower "
-                "learning_rate, or scale X."
-            ) from error
+        curve = []
+        for loss in self._take_steps(optimizer, losses, n_steps, draw_seed(rng)):
+            curve.append(loss)
+            schedule.step()
         return np.array(curve)
 
     def _make_decoder(self, seed: int) -> nn.Module:
@@ -325,14 +295,14 @@ class ObjectiveDetector(TrainedDetector):
     def _settle(self) -> None:
         """Use the network as it is now."""
         self._network.frozen().cpu()
-        self._widths = self._end_pass().widths((self._n_columns,))
+        self._widths = [output.shape[1] for output in self._network.probe()]
 
     def _settled_outputs(
         self, outputs: PassOutputs, index: NDArray[np.intp]
     ) -> NDArray[np.float32]:
         """Give what the settled network makes of training samples, as in scoring."""
         batches = outputs.unchanged(chunks(index, self.batch_size))
-        return np.concatenate([found for _, found in self._run_end(batches)])
+        return np.concatenate([found for _, found in self._embed(batches)])
 
     def _learn_threshold(
         self, found: NDArray[np.float32], held_out: NDArray[np.bool_]
@@ -353,20 +323,6 @@ class ObjectiveDetector(TrainedDetector):
                 ConvergenceWarning,
                 stacklevel=5,
             )
-
-    def _run_frozen(self, inputs: Vectors, fitting: bool) -> Rows:
-        """Pass samples through the frozen stages."""
-        row = np.float32, (self._n_columns,)
-        return self._run(self._junction_pass(), inputs, fitting, row)
-
-    def _batches(self, inputs: Vectors, fitting: bool) -> Rows:
-        return self._run_end(self._run_frozen(inputs, fitting))
-
-    def _run_end(self, batches: Rows) -> Rows:
-        """Turn what the frozen stages made of samples into outputs."""
-        task = self._end_pass()
-        for index, rows in regroup(batches, task.batch_size):
-            yield index, task.run(torch.from_numpy(rows))
 
 
 class FineTunedDetector(ObjectiveDetector):
