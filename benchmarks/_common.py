@@ -9,7 +9,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import sklearn
 import timm
 import torch
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 import skdeepad
 from skdeepad import BackboneFeatures
-from skdeepad.inference import FeaturePass
+from skdeepad.inference import FeaturePass, Tap
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -60,7 +59,7 @@ def write_json(name: str, content: dict[str, Any]) -> None:
 
 
 class _CountedPass(FeaturePass):
-    def run(self, values: torch.Tensor) -> NDArray[np.float32]:
+    def run(self, values: torch.Tensor) -> list[NDArray[Any]]:
         with open(os.environ[PASSED], "a") as file:
             file.write(f"{len(values)}\n")
         return super().run(values)
@@ -73,5 +72,5 @@ class CountedFeatures(BackboneFeatures):
     can import it.
     """
 
-    def _feature_pass(self) -> FeaturePass:
-        return _CountedPass(**vars(super()._feature_pass()))
+    def _pass(self, taps: tuple[Tap, ...]) -> FeaturePass:
+        return _CountedPass(**vars(super()._pass(taps)))
