@@ -300,4 +300,4 @@ class AnomalyDetector(ParametersMixin, OutlierMixin, BaseEstimator):
         ndarray of int, shape (n_samples,)
             +1 for normal samples, -1 for anomalies.
         """
-        return self.fit(X, y).predict(X)  # type: ignore[attr-defined]
+        return self.fit(X, y).predict(X)

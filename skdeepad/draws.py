@@ -16,7 +16,7 @@ aten = torch.ops.aten
 FILLED = {aten.rand_like.default: "uniform_", aten.randn_like.default: "normal_"}
 
 
-class OwnDraws(TorchDispatchMode):  # type: ignore[misc]
+class OwnDraws(TorchDispatchMode):
     """Let torch draw from generators of its own, in this thread, inside ``with``.
 
     The first numbers are those that would follow `torch.manual_seed`. The global

@@ -194,7 +194,7 @@ class BackboneEstimator(ParametersMixin, CallbackSupportMixin, BaseEstimator):
         return None
 
     def _settle_size(self, shape: tuple[int, ...] | None) -> tuple[int, int]:
-        size = self.image_size
+        size: Any = self.image_size
         if size is None:
             size = self.backbone_.input_size or (shape and shape[1:])
         if size is None:

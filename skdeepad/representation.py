@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from .base import draw_seed
 from .detectors import KDClonerEstimator
 from .detectors._kd_cloner import attributions, stage_losses
-from .detectors._source_and_cloner import SourceAndCloner, per_channel
+from .detectors._source_and_cloner import per_channel
 from .features import BackboneFeatures
 from .scorers import GaussianScorer, KNNScorer
 
@@ -451,7 +451,7 @@ def _brittleness(
     }
 
 
-def gradient_norms(network: SourceAndCloner, x: Tensor) -> Tensor:
+def gradient_norms(network: Any, x: Tensor) -> Tensor:
     """Give the norm of the gradient of each stage's loss by the pixels.
 
     Parameters

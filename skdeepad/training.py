@@ -47,7 +47,7 @@ def train(
         if not math.isfinite(value):
             raise DivergedError(f"the loss is {value}")
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         if clip_norm is not None:
             clip_grad_norm_(parameters, clip_norm)
         optimizer.step()

@@ -29,7 +29,7 @@ from skdeepad.backbones import (
     load_backbone,
     to_backbone,
 )
-from skdeepad.inference import fingerprint, fold_batchnorm, frozen_copy
+from skdeepad.frozen import fingerprint, fold_batchnorm, frozen_copy
 
 LITES = ["efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"]
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

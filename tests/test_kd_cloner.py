@@ -31,7 +31,7 @@ from skdeepad.detectors._source_and_cloner import (
     residuals,
     total_loss,
 )
-from skdeepad.inference import frozen_copy
+from skdeepad.frozen import frozen_copy
 from skdeepad.localization import gradient, guided, refine, smoothgrad
 from skdeepad.objectives import direction_loss, value_loss
 

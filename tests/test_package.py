@@ -60,6 +60,7 @@ HOUSE = [
     ("detectors", "inspection"),
     ("features", "fisher", "localization"),
     ("cache", "inference", "scorers"),
+    ("frozen",),
     ("backbones", "base", "objectives", "training"),
     ("draws", "inputs"),
     ("checks", "parameters"),

@@ -27,7 +27,7 @@ class Cloner(nn.Module):
         The stages whose blocks' outputs are given.
     """
 
-    _saved: ClassVar = {}
+    _saved: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, blocks: dict[str, nn.Module], stages: Iterable[str]) -> None:
         super().__init__()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -49,7 +50,7 @@ def make_lenet(
 
 # The networks of the official codes, with the biases that HSC's have; see
 # `without_biases` for Deep SVDD's and Deep SAD's.
-SMALL = {
+SMALL: dict[str, Callable[[int], Backbone]] = {
     "mlp": make_mlp,
     # Deep SAD and HSC on MNIST
     "mnist_lenet": partial(make_lenet, size=28, filters=(16, 32), widths=(64, 32)),
@@ -93,7 +94,7 @@ class ContrastNormalization(nn.Module):
     were in training, as in the official code of Deep SVDD.
     """
 
-    _saved: ClassVar = {}
+    _saved: ClassVar[dict[str, Any]] = {}
 
     def __init__(self) -> None:
         super().__init__()

@@ -188,7 +188,7 @@ def make_pseudo_anomalies(
     # torch comes with it, for which the import of a data set need not wait
     from skdeepad.inputs import check_inputs
 
-    inputs = check_inputs(
+    inputs: Any = check_inputs(
         BaseEstimator(), X, vectors=None, image_shape=image_shape, reset=True
     )
     of_vectors = inputs.shape is not None and len(inputs.shape) == 1
@@ -218,7 +218,7 @@ def make_pseudo_anomalies(
 
 def _spoil(image: NDArray[np.float32], kind: str, random_state: int) -> NDArray[Any]:
     """Make one pseudo-anomaly, by random numbers of the image's own."""
-    rng = np.random.default_rng([random_state, crc32(image)])
+    rng = np.random.default_rng([random_state, crc32(image.tobytes())])
     return np.clip(_OF_IMAGES[kind](image, rng), 0, 1)
 
 
@@ -242,7 +242,7 @@ def _read(inputs: Any, index: Any) -> Any:
     from skdeepad.inputs import load_batches
 
     failed = {}
-    for batch in load_batches(inputs, ([i] for i in index), None, None):
+    for batch in load_batches(inputs, (np.array([i]) for i in index), None, None):
         failed.update(batch.failed)
         if batch.values is not None:
             yield batch.index[0], np.ascontiguousarray(batch.values[0].numpy())

@@ -354,7 +354,7 @@ def with_memory(member: Any, memory: Any) -> Any:
 
     Weights and fitted state are not copied, and a `memory` of the user's stays.
     """
-    new = type(member).__new__(type(member))
+    new: Any = object.__new__(type(member))
     vars(new).update(vars(member))  # copy.copy would pickle the network
     if isinstance(new, Pipeline):
         (name, front), *rest = new.steps

@@ -306,7 +306,7 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
     def _project(self, whole: bool, seed: int) -> None:
         """Put the last layers behind the features."""
         width, n_features = self.projection, sum(self._widths)
-        layers: list[nn.Module] = []
+        layers: list[nn.Linear] = []
         with OwnDraws(seed):
             if width == "auto" and not whole:
                 # ||z||^2 starts at about 1, whatever the number of features, while the
@@ -318,7 +318,7 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
                 layers.append(identity)
             elif width == "auto" and not self._network.ends_linear:
                 layers.append(nn.Linear(n_features, N_OUTPUTS, bias=False))
-            elif isinstance(width, Integral):
+            elif isinstance(width, int | np.integer):
                 layers.append(nn.Linear(n_features, width, bias=False))
             if self.objective != "hsc":
                 n_outputs = layers[-1].out_features if layers else n_features

@@ -25,15 +25,7 @@ from ..base import check_groups, draw_seed, keep_state_on_error, known_normal
 from ..draws import OwnDraws
 from ..inference import INPUT, PassOutputs, Tap, flat, iter_outputs, to_tensor
 from ..inputs import Vectors, chunks
-from ..localization import (
-    Attribution,
-    MapPass,
-    fit_size,
-    gradient,
-    guided,
-    refine,
-    smoothgrad,
-)
+from ..localization import Attribution, MapPass, gradient, guided, smoothgrad
 from ..scorers._base import row_digests
 from ..training import batchnorm_batches
 from ._base import (
@@ -43,6 +35,7 @@ from ._base import (
     find_related,
     hold_out,
 )
+from ._maps import AnomalyMapMixin
 from ._source_and_cloner import (
     TINY,
     SourceAndCloner,
@@ -91,7 +84,7 @@ class Augmentation:
         return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-class KDClonerEstimator(TrainedDetector):
+class KDClonerEstimator(AnomalyMapMixin, TrainedDetector):
     """Multiresolution knowledge distillation: a cloner that knows normal images only.
 
     A small network, the cloner, learns on normal images to give the activations that
@@ -167,11 +160,6 @@ default="discrepancy"
         - "smoothgrad": its mean over `n_noisy` noisy copies of the image.
         - "guided_backprop": the same gradient; what is negative at a ReLU module of
           the cloner is not handed on.
-    sigma : float, default=4.0
-        Standard deviation of the Gaussian filter that maps are smoothed with (Eq. 6),
-        in pixels of the images at `image_size`; 0 for none.
-    opening : bool, default=True
-        Whether maps are opened by a 3 x 3 ellipse (Eq. 6), which removes specks.
     n_noisy : int, default=50
         For "smoothgrad": how many noisy copies of each image there are.
     noise : float, default=0.05
@@ -244,8 +232,6 @@ default="discrepancy"
     rotation: float = 0.0
     scaling: tuple[float, float] = (1.0, 1.0)
     localization: str = "discrepancy"
-    sigma: float = 4.0
-    opening: bool = True
     n_noisy: int = 50
     noise: float = 0.05
 
@@ -270,8 +256,6 @@ default="discrepancy"
         "rotation": [Interval(Real, 0, 180, closed="both")],
         "scaling": [tuple, list],
         "localization": [StrOptions(LOCALIZATIONS)],
-        "sigma": [Interval(Real, 0, None, closed="left")],
-        "opening": ["boolean"],
         "n_noisy": [Interval(Integral, 1, None, closed="left")],
         "noise": [Interval(Real, 0, None, closed="left")],
     }
@@ -381,6 +365,9 @@ default="discrepancy"
         found = self._gather(self._embed(settled), len(inputs))
         self._learn_threshold(found[rows], held_out)
         self._noise_seed = draw_seed(rng)
+        self.map_offset_ = np.nan
+        if self.localization == "discrepancy" and self._has_maps:
+            self._learn_map_offset(inputs.take(rows[held_out]))
         return self
 
     def _check_score_stages(self) -> tuple[str, ...]:
@@ -550,12 +537,12 @@ default="discrepancy"
 
     def _settle_weights(self, value: float, direction: float) -> Tensor:
         """Weigh the terms of Eq. 4, by their first values if so wanted."""
-        weight = self.direction_weight
+        weight: Any = self.direction_weight
         if weight == "auto":
             weight = value / max(direction, 1e-12)
         self.direction_weight_ = float(weight)
         both = {"total": [1.0, weight], "value": [1.0, 0.0], "direction": [0.0, 1.0]}
-        self._weights = both[self.loss]
+        self._weights: list[float] = both[self.loss]
         return torch.tensor(self._weights)
 
     def _learn_threshold(
@@ -577,47 +564,21 @@ default="discrepancy"
         by_stage = losses.reshape(len(losses), -1, 2)[:, scored]
         return -(by_stage.sum(axis=1, dtype=np.float64) @ np.array(self._weights))
 
-    def anomaly_map(self, X: Any) -> Any:
-        """Show where in images the cloner is far from the source.
-
-        Parameters
-        ----------
-        X : array-like or sequence of paths
-            Images, in any form that `fit` takes.
-
-        Returns
-        -------
-        ndarray of float32, shape (n_samples, height, width)
-            A map of each image, at its size: 0 at least, higher = more anomalous, on
-            one scale for all images. A list of maps where files differ in size. NaN
-            for files skipped by ``on_error="skip"``.
-
-        Raises
-        ------
-        ValueError
-            If X holds vectors, or if no scored stage has maps to compare.
-        """
-        inputs = self._check_inputs(X)
-        if self.image_size_ is None:
-            raise ValueError("anomaly_map is for images; the backbone takes vectors.")
+    def _check_maps(self) -> None:
+        super()._check_maps()
         if self.localization == "discrepancy" and not self._has_maps:
             raise ValueError(
                 f"score_stages={self.score_stages_} have no maps; choose earlier ones, "
                 "or set localization='gradient'."
             )
+
+    def _position_scores(
+        self, inputs: Any
+    ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
         task = self._map_pass(inputs)
-        maps = [
-            np.full(self.image_size_, np.nan, np.float32) for _ in range(len(inputs))
-        ]
         batches = iter_outputs(task, inputs, on_error=self.on_error)
         for index, (rows,) in self._track(batches, len(inputs), False):
-            found = rows.reshape(len(rows), *self.image_size_)
-            for i, found_map in zip(
-                index, refine(found, self.sigma, self.opening), strict=True
-            ):
-                maps[i] = fit_size(found_map, inputs.size(i))
-        same_size = len({found.shape for found in maps}) == 1
-        return np.stack(maps) if same_size else maps
+            yield index, rows.reshape(len(rows), *self.image_size_)
 
     def _whole_network(self) -> dict[str, Any]:
         """Give what a pass is made of that goes through source and cloner."""

@@ -19,7 +19,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from ..backbones import Backbone
 from ..base import check_groups, keep_state_on_error, known_normal
-from ..inference import fingerprint
+from ..frozen import fingerprint
 from ..inputs import Vectors
 from ..scorers import GaussianScorer
 from ..scorers._base import row_digests, warn_of_copies

@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from ..backbones import Backbone
 from ..base import check_groups, draw_seed, keep_state_on_error
 from ..draws import OwnDraws
-from ..inference import FeaturePass, PassOutputs, fingerprint, frozen_copy
+from ..frozen import fingerprint, frozen_copy
+from ..inference import FeaturePass, PassOutputs
 from ..training import batchnorm_batches
 from ._trained import FineTunedDetector, TrainedEnd
 
@@ -42,7 +43,7 @@ class Deconfidence(nn.Module):
     n_features, n_classes : int
     """
 
-    _saved: ClassVar = {}
+    _saved: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, kind: str, n_features: int, n_classes: int) -> None:
         super().__init__()

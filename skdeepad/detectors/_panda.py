@@ -24,9 +24,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import Tags, check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..backbones._backbone import Adapted, Versions, pool
+from ..backbones._backbone import Adapted, Versions
 from ..backbones._pretrained import read_tensors
 from ..base import (
     check_groups,
@@ -36,13 +35,12 @@ from ..base import (
     seeded_clone,
 )
 from ..draws import OwnDraws
-from ..fisher import check_classes, mean_squared_gradients, sampled_loss
+from ..fisher import check_classes
 from ..inference import INPUT, PassOutputs, Tap
 from ..inputs import chunks
-from ..objectives import compactness, elastic_penalty, outlier_exposure
 from ..scorers import CentroidScorer, KMeansScorer, KNNScorer
 from ..scorers._base import Scorer, row_digests
-from ..training import balanced_batches, shuffled_batches
+from ._adaptation import Adaptation, unit_length
 from ._base import TrainedDetector, as_unseen, find_related, hold_out
 
 SCORERS = {"knn": KNNScorer, "kmeans": KMeansScorer, "centroid": CentroidScorer}
@@ -58,106 +56,6 @@ PAPER_STEPS: dict[str | None, int] = {
 }
 MAX_EPOCHS = 50  # how often the paper's longest adaptation shows each image
 COLLAPSED = 0.01  # of the features' spread: less was worse than no adaptation
-FISHER_SAMPLES = 100  # as many draws as the paper takes mini-batches
-
-
-class Adaptation:
-    """What is trained, and the objectives it is trained under: sections 2 and 3.
-
-    Each objective is a stream of losses without end, one for each mini-batch.
-    """
-
-    def __init__(
-        self,
-        stages: nn.Module,
-        head: nn.Module | None,
-        center: Tensor,
-        outputs: PassOutputs,
-        rows: NDArray[np.intp],
-        rng: np.random.RandomState,
-        *,
-        normalize: bool,
-    ) -> None:
-        self.device = outputs.task.device
-        self.stages = stages.to(self.device).to(memory_format=torch.channels_last)
-        self.head: Any = head and head.to(self.device)
-        self.center = center.to(self.device)
-        self.outputs = outputs
-        self.rows = rows
-        # of its own, so that all objectives see the same mini-batches
-        self.seed = draw_seed(rng)
-        self.rng = np.random.RandomState(self.seed)
-        self.batch_size = outputs.task.batch_size
-        self.normalize = normalize
-        self.trained = {
-            name: parameter
-            for name, parameter in stages.named_parameters()
-            if parameter.requires_grad
-        }
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """Everything that has a gradient."""
-        of_head = self.head.parameters() if self.head else ()
-        return [*self.trained.values(), *(p for p in of_head if p.requires_grad)]
-
-    def pooled(self, x: Tensor) -> Tensor:
-        """Give features, from what the frozen stages made of images."""
-        return pool(self.stages(x))
-
-    def psi(self, x: Tensor) -> Tensor:
-        """Give features, of unit length where so wanted."""
-        return unit_length(self.pooled(x), self.normalize)
-
-    def compactness(self) -> Iterator[Tensor]:
-        """Eq. 1."""
-        shuffled = shuffled_batches(self.rows, self.batch_size, self.rng)
-        for _, (x,) in self.outputs.batches(shuffled):
-            yield compactness(self.psi(x), self.center)
-
-    def joint(
-        self, images: PassOutputs, classes: Tensor, alpha: float
-    ) -> Iterator[Tensor]:
-        """Eq. 2."""
-        everything = np.arange(len(classes))
-        # of its own: files are read ahead, and streams would take turns otherwise
-        rng = np.random.RandomState(self.seed + 1)
-        shuffled = shuffled_batches(everything, self.batch_size, rng)
-        pretraining = images.batches(shuffled)
-        for loss, (index, (x,)) in zip(self.compactness(), pretraining, strict=True):
-            logits = self.head(self.pooled(x))
-            target = classes[index].to(self.device)
-            yield F.cross_entropy(logits, target) + alpha * loss
-
-    def fisher(self, rng: np.random.RandomState) -> list[Tensor]:
-        """Eq. 3, over outcomes drawn from what the network predicts."""
-        chosen = rng.permutation(self.rows)[:FISHER_SAMPLES]
-        generator = torch.Generator().manual_seed(draw_seed(rng))
-        losses = (
-            sampled_loss(self.pooled(x), self.head, generator)
-            for _, (x,) in self.outputs.batches(chunks(chosen, 1))
-        )
-        return mean_squared_gradients(list(self.trained.values()), losses)
-
-    def ewc(
-        self, fisher: list[Tensor], ewc_lambda: float, learning_rate: float
-    ) -> Iterator[Tensor]:
-        """Eq. 4; no spring is stiffer than gradient descent at this rate can follow."""
-        parameters = list(self.trained.values())
-        initial = [parameter.detach().clone() for parameter in parameters]
-        stiffness = [(ewc_lambda * f).clamp(max=1 / learning_rate) for f in fisher]
-        for loss in self.compactness():
-            yield loss + elastic_penalty(parameters, initial, stiffness)
-
-    def outlier_exposure(self, outliers: NDArray[np.intp]) -> Iterator[Tensor]:
-        """Eq. 5, over as many outliers as normal samples."""
-        drawn = balanced_batches(self.rows, outliers, self.batch_size, self.rng)
-        halves = self.outputs.batches(drawn)
-        for _, (normal,) in halves:
-            x = torch.cat([normal, *next(halves)[1]])
-            outlier = torch.arange(len(x), device=self.device) >= len(normal)
-            logits = self.head(self.psi(x))[:, 0]
-            yield outlier_exposure(logits, outlier)
 
 
 class PANDAEstimator(
@@ -724,8 +622,3 @@ None, default="ewc"
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float32"]
         return tags
-
-
-def unit_length(features: Tensor, normalize: bool) -> Tensor:
-    """Scale each row to unit length, if so wanted."""
-    return F.normalize(features) if normalize else features

@@ -24,7 +24,8 @@ from ..backbones._decoder import make_decoder
 from ..backbones._pretrained import is_pretrained
 from ..base import draw_seed
 from ..draws import OwnDraws
-from ..inference import INPUT, PassOutputs, Tap, flat, frozen_copy
+from ..frozen import frozen_copy
+from ..inference import INPUT, PassOutputs, Tap, flat
 from ..inputs import Vectors, chunks
 from ..scorers._base import row_digests
 from ._base import N_STAGES, TrainedDetector, by_rank_as_unseen, find_related, hold_out
@@ -105,10 +106,9 @@ class TrainedEnd(Backbone):
 
     def probe(self) -> list[Tensor]:
         """Give what the objective sees of random inputs, always the same."""
-        shapes = [(self.in_channels - self.n_handed_on,)]  # type: ignore[operator]
-        if self.n_handed_on:
-            shapes = [self.shape, *shapes]
-        return [self(*probes(*shapes))]
+        handed_on = [self.shape] if self.n_handed_on else []
+        n_features = (self.in_channels or 0) - self.n_handed_on
+        return [self(*probes(*handed_on, (n_features,)))]
 
 
 class FirstPass(NamedTuple):
@@ -261,7 +261,7 @@ class ObjectiveDetector(TrainedDetector):
         """Take one step for each loss, with all weights of these modules."""
         weights = [p for m in modules for p in m.requires_grad_(True).parameters()]
         held = set(undecayed)
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in weights if p not in held]},
             {"params": [p for p in weights if p in held], "weight_decay": 0.0},
         ]
@@ -364,7 +364,7 @@ class FineTunedDetector(ObjectiveDetector):
         return named and not backbone.vectors and self.weights is not None
 
     def _trained_stages(self, backbone: Backbone) -> tuple[str, ...]:
-        given = self.trainable_stages
+        given: Any = self.trainable_stages
         if isinstance(given, str) and given == "auto":
             return () if self._is_pretrained(backbone) else backbone.stage_names
         if given is None or not len(given):
@@ -427,7 +427,7 @@ def paper_augmentation(size: tuple[int, int], seed: int) -> Callable[[Tensor], T
     from torchvision.transforms.v2 import functional as tv
 
     # `Augmentation` of torchvision's transforms does the same in twice the time
-    own = {"generator": torch.Generator().manual_seed(seed)}
+    own: Any = {"generator": torch.Generator().manual_seed(seed)}
     colours: list[Callable[[Tensor, float], Tensor]] = [
         tv.adjust_brightness,
         tv.adjust_contrast,

@@ -159,11 +159,11 @@ def load(
     ...
     skdeepad.persistence.LoadError: The file is damaged, or not one that save wrote: ...
     """
-    if hasattr(file, "read"):
+    if isinstance(file, str | os.PathLike):
+        data = Path(file).read_bytes()
+    else:
         file.seek(0)
         data = file.read()
-    else:
-        data = Path(file).read_bytes()
     try:
         return read(data, trusted)
     except (LoadError, FileNotFoundError, Warning):

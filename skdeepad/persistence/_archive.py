@@ -157,8 +157,8 @@ def read_array(data: memoryview) -> NDArray[Any]:
     sides = [int(side) for side in shape.split(",") if side.strip()]
     if dtype.itemsize == 0 or prod(sides) * dtype.itemsize != values.nbytes:
         raise LoadError(f"The file has not the {sides} array of {dtype} that it names.")
-    order = "F" if fortran == "True" else "C"
-    return np.ndarray(sides, dtype, bytearray(values), order=order)
+    flat = np.ndarray(prod(sides), dtype, bytearray(values))
+    return flat.reshape(sides, order="F" if fortran == "True" else "C")
 
 
 def plain_dtype(name: str) -> np.dtype[Any]:

@@ -235,7 +235,7 @@ class Reader:
             if self.kinds and name not in parts and not schema.holds(name, self.kinds):
                 held = ", ".join(kind.__name__ for kind in self.kinds)
                 raise LoadError(f"{value} in the file may not hold {held} as {name!r}.")
-        instance = schema.kind.__new__(schema.kind)
+        instance: Any = schema.kind.__new__(schema.kind)  # type: ignore[call-overload]
         if isinstance(instance, nn.Module):
             fill_module(instance, schema, attributes)
         elif isinstance(instance, BaseEstimator):
@@ -302,8 +302,10 @@ def fill_module(module: nn.Module, schema: Schema, attributes: dict[str, Any]) -
         for name, value in dict.items(attributes.pop(part, {})):
             allowed = name not in vars(module) and schema.allows_child(name)
             if not allowed or not isinstance(value, kind):
-                kind = type(module).__name__
-                raise LoadError(f"{kind} in the file may not have {name!r} in {part}.")
+                raise LoadError(
+                    f"{type(module).__name__} in the file may not have {name!r} in "
+                    f"{part}."
+                )
             vars(module)[part][name] = value
     names = attributes.pop("_non_persistent_buffers_set", set())
     training = bool(attributes.pop("training", False))
@@ -314,8 +316,9 @@ def fill_module(module: nn.Module, schema: Schema, attributes: dict[str, Any]) -
         vars(module)["_loader"] = None
     for name in vars(module).keys() & attributes.keys():
         if attributes[name] is not None:
-            kind = type(module).__name__
-            raise LoadError(f"{kind} in the file may not have {name!r}.")
+            raise LoadError(
+                f"{type(module).__name__} in the file may not have {name!r}."
+            )
 
 
 MAKERS: dict[str, Callable[[Reader, Any, dict[str, Any]], Any]] = {

@@ -24,7 +24,7 @@ from torch import nn
 from .. import detectors, features, scorers  # noqa: F401
 from ..backbones import Backbone, is_pretrained, load_backbone
 from ..backbones._structure import SAVED_FUNCTIONS
-from ..inference import weights_digest
+from ..frozen import weights_digest
 
 Held = tuple[type, ...]
 
@@ -144,7 +144,7 @@ class Schema:
         """The parameters of an estimator, and their defaults."""
         if not issubclass(self.kind, BaseEstimator):
             return {}
-        told = signature(self.kind.__init__).parameters.values()
+        told = signature(self.kind).parameters.values()
         return {p.name: p.default for p in told}
 
     @cached_property
@@ -191,7 +191,7 @@ def find_schema(name: str) -> Schema | None:
     """Find a class that files may hold, by its name in a file."""
     module, _, qualname = name.partition(":")
     if name in FOREIGN:
-        found = getattr(import_module(module), qualname, None)
+        found: Any = getattr(import_module(module), qualname, None)
         return Schema(found, FOREIGN[name]) if is_class(found, name) else None
     if not module.startswith("skdeepad."):
         return None

@@ -17,7 +17,7 @@ from sklearn.base import BaseEstimator
 from torch import Tensor, nn
 
 from ..backbones import Backbone
-from ..inference import weights_digest
+from ..frozen import weights_digest
 from ._archive import PLAIN_KINDS
 from ._reader import COLLECTIONS, MAPPINGS, is_key
 from ._registry import is_path, name_of
@@ -111,8 +111,9 @@ class Writer:
         """Tell an object's class and attributes, where that is all there is to it."""
         kind = type(value)
         try:
-            make, arguments, *rest = object.__reduce_ex__(value, 2)
-            plain = make is copyreg.__newobj__ and arguments == (kind,)
+            reduced: Any = object.__reduce_ex__(value, 2)
+            make, arguments, *rest = reduced
+            plain = make is vars(copyreg)["__newobj__"] and arguments == (kind,)
             plain = plain and not any(rest[1:])  # items, of a list or dict
         except TypeError:  # a file, a lock
             plain = False

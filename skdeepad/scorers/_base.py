@@ -47,7 +47,7 @@ class HeldOutScores:
     scale, and `contamination` means the same on both.
     """
 
-    _saved: ClassVar = {}
+    _saved: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self, digests: NDArray[np.uint64], scores: NDArray[np.float64]
@@ -139,7 +139,7 @@ def warn_of_copies(X: NDArray[Any], digests: NDArray[np.uint64]) -> None:
     """
     copied = count_copies(digests) > 1
     _, first = np.unique(digests, return_index=True)
-    near = np.zeros(0, dtype=bool)
+    near: Any = np.zeros(0, dtype=bool)
     if len(first) > 20:  # the neighbours of fewer leap by chance
         from ._neighbors import nearest
 
@@ -147,7 +147,7 @@ def warn_of_copies(X: NDArray[Any], digests: NDArray[np.uint64]) -> None:
         inspected = np.arange(0, len(rows), max(1, len(rows) // N_INSPECTED))
         _, squared = nearest(rows[inspected], rows, 10, itself=inspected)
         near = (squared[:, 1:] > LEAP**2 * squared[:, :-1]).any(axis=1)
-        near |= copied[first[inspected]]
+        near = near | copied[first[inspected]]
     share = max(copied.mean(), near.mean() if len(near) else 0.0)
     if share > MAX_COPIED:
         warnings.warn(

@@ -41,7 +41,7 @@ class Moments:
     Rows may come in any number of parts, and the sums come out the same.
     """
 
-    _saved: ClassVar = {}
+    _saved: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, X: NDArray[Any]) -> None:
         self.origin = X.mean(axis=0, dtype=np.float64)
@@ -145,7 +145,7 @@ class RowSample:
     which rows come and in how many parts.
     """
 
-    _saved: ClassVar = {}
+    _saved: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, X: NDArray[Any]) -> None:
         self.rows = X[:0]
@@ -387,7 +387,7 @@ estimator, default="ledoit_wolf"
             moments, sample = copy.deepcopy(self._stream)
         else:
             moments, sample = Moments(X), RowSample(X)
-        self._stream = moments.update(X), sample.update(X, digests)
+        self._stream: Any = moments.update(X), sample.update(X, digests)
         self._set_gaussian(moments)
 
     def _join(self, others: Iterable[GaussianScorer]) -> None:
