@@ -80,7 +80,7 @@ def plain(X: Any) -> Any:
 
 def refuse_dates(X: Any) -> None:
     """Refuse an array or a table with dates or durations."""
-    dtypes = X.dtypes if hasattr(X, "iloc") else [getattr(X, "dtype", None)]
+    dtypes: Any = X.dtypes if hasattr(X, "iloc") else getattr(X, "dtype", None)
     if any(getattr(dtype, "kind", "") in ("m", "M") for dtype in np.atleast_1d(dtypes)):
         raise ValueError(
             "X holds dates or durations, which are no numbers without a unit. Turn "

@@ -146,7 +146,7 @@ class AnomalyMapDisplay:
         inputs = check_inputs(
             BaseEstimator(), X, vectors=False, image_shape=image_shape, reset=True
         )
-        images = []
+        images: list[Any] = []
         for batch in load_batches(
             inputs, chunks(np.arange(len(inputs)), 1), None, None
         ):
@@ -379,7 +379,7 @@ class ScoreHistogramDisplay:
         colours = {"samples": "C0", "normal": "C0", "anomalous": "C3"}
         for name, kind in kinds.items():
             self.ax_.hist(
-                self.y_score[kind], edges, alpha=0.6, label=name, color=colours[name]
+                self.y_score[kind], edges.tolist(), alpha=0.6, label=name, color=colours[name]
             )
         if self.threshold is not None:
             self.ax_.axvline(

@@ -296,7 +296,8 @@ def _order_bits(score: NDArray[np.float32]) -> NDArray[np.uint32]:
     """Give the first bits of float32 numbers, as integers in the same order."""
     bits = (score + np.float32(0)).view(np.uint32)  # -0.0 is 0.0
     negative = bits >> 31 == 1
-    return np.where(negative, ~bits, bits | 0x80000000) >> _DROPPED_BITS
+    ordered = np.where(negative, ~bits, bits | np.uint32(0x80000000))
+    return ordered >> np.uint32(_DROPPED_BITS)
 
 
 def _fpr_at_tpr(

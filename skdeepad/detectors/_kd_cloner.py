@@ -575,10 +575,10 @@ default="discrepancy"
     def _position_scores(
         self, inputs: Any
     ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
-        task = self._map_pass(inputs)
+        task, size = self._map_pass(inputs), self.image_size_ or ()
         batches = iter_outputs(task, inputs, on_error=self.on_error)
         for index, (rows,) in self._track(batches, len(inputs), False):
-            yield index, rows.reshape(len(rows), *self.image_size_)
+            yield index, rows.reshape(len(rows), *size)
 
     def _whole_network(self) -> dict[str, Any]:
         """Give what a pass is made of that goes through source and cloner."""

@@ -182,11 +182,8 @@ def resize_rows(
     if size is None or height * width <= LARGE or size[1] >= width:
         return resize(rows(0, height), size)
     step = max(1, STRIP // (n_images * width))
-    narrow = None
+    strips = []
     for top in range(0, height, step):
         strip = rows(top, min(top + step, height))
-        strip = resize(strip, (strip.shape[-2], size[1]))
-        if narrow is None:  # the first one tells the channels
-            narrow = strip.new_empty(*strip.shape[:2], height, size[1])
-        narrow[..., top : top + step, :] = strip
-    return resize(narrow, size)
+        strips.append(resize(strip, (strip.shape[-2], size[1])))
+    return resize(torch.cat(strips, dim=-2), size)
