@@ -250,16 +250,22 @@ class AnomalyDetector(ParametersMixin, OutlierMixin, BaseEstimator):
         self.offset_ = threshold_below(held_out_scores, self.contamination)
 
     def score_samples(self, X: Any) -> NDArray[np.float64]:
-        """Score each sample; the higher, the more normal."""
-        raise NotImplementedError
-
-    def decision_function(self, X: Any) -> NDArray[np.float64]:
-        """Score each sample relative to the threshold.
+        """Score each sample; the higher, the more normal.
 
         Parameters
         ----------
         X : array-like
             Samples, in any form that `fit` takes.
+
+        Returns
+        -------
+        ndarray of float64, shape (n_samples,)
+            Minus an anomaly score.
+        """
+        raise NotImplementedError
+
+    def decision_function(self, X: Any) -> NDArray[np.float64]:
+        """Score each sample relative to the threshold.
 
         Returns
         -------
@@ -271,11 +277,6 @@ class AnomalyDetector(ParametersMixin, OutlierMixin, BaseEstimator):
 
     def predict(self, X: Any) -> NDArray[np.int_]:
         """Tell normal samples from anomalies.
-
-        Parameters
-        ----------
-        X : array-like
-            Samples, in any form that `fit` takes.
 
         Returns
         -------

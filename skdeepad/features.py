@@ -417,11 +417,6 @@ class BackboneFeatures(TransformerMixin, BackboneEstimator):
     def transform(self, X: Any) -> NDArray[np.float32]:
         """Give the features of samples.
 
-        Parameters
-        ----------
-        X : array-like or sequence of paths
-            Samples, in any form that `fit` takes.
-
         Returns
         -------
         ndarray of float32, shape (n_samples, n_features)

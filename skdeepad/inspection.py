@@ -379,7 +379,11 @@ class ScoreHistogramDisplay:
         colours = {"samples": "C0", "normal": "C0", "anomalous": "C3"}
         for name, kind in kinds.items():
             self.ax_.hist(
-                self.y_score[kind], edges.tolist(), alpha=0.6, label=name, color=colours[name]
+                self.y_score[kind],
+                edges.tolist(),
+                alpha=0.6,
+                label=name,
+                color=colours[name],
             )
         if self.threshold is not None:
             self.ax_.axvline(

@@ -1,13 +1,22 @@
-"""Parameters of estimators: said once, in the class that they belong to."""
+"""Parameters and documentation of estimators: each in the class it belongs to."""
 
 from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any, ClassVar, dataclass_transform
 
-SECTIONS = ("Parameters", "Attributes")
+# the sections of a numpydoc docstring, in their order; "" is what comes before them
+SECTIONS = (
+    *("", "Parameters", "Attributes", "Returns", "Yields", "Raises", "Warns"),
+    *("See Also", "Notes", "References", "Examples"),
+)
+MERGED = ("Parameters", "Attributes", "Raises", "Warns")  # entry by entry
+FIRST = ("score_samples", "fit")  # methods whose X, y and groups others take, too
+INHERITED = ("Returns",)  # as a whole, where a method does not say it itself
 
 
 @dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(field,))
@@ -18,10 +27,11 @@ class ParametersMixin:
     in ``_parameter_constraints``, and documents them and its attributes in the
     docstring. Those of its bases are added: to the signature, the constraints, and
     the docstring, where its own come first. A parameter that is declared or documented
-    again replaces the inherited one.
+    again replaces the inherited one. Methods inherit documentation in the same way.
     """
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {}
+    _own_doc: ClassVar[str | None] = None  # the docstring as it was written
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -32,8 +42,20 @@ class ParametersMixin:
         for base in reversed(cls.__bases__):
             inherited |= getattr(base, "_parameter_constraints", {})
         cls._parameter_constraints = {**inherited, **own}
-        if cls.__doc__:  # not under python -OO
-            cls.__doc__ = _with_inherited_entries(cls)
+        bases = [base for base in cls.__mro__[1:] if issubclass(base, ParametersMixin)]
+        cls._own_doc = cls.__doc__
+        cls.__doc__ = _inherit(cls, [base._own_doc for base in bases])
+        for name in sorted(vars(cls), key=lambda name: name not in FIRST):
+            method = vars(cls)[name]
+            method = getattr(method, "fn", method)  # of `available_if`
+            if isinstance(method, FunctionType) and not name.startswith("_"):
+                above = [vars(base)[name] for base in bases if name in vars(base)]
+                alike = [getattr(cls, other, None) for other in FIRST]
+                method.__doc__ = _inherit(
+                    method,
+                    [other.__doc__ for other in above],
+                    [other.__doc__ for other in alike if other],
+                )
 
 
 def _order_signature(cls: type) -> None:
@@ -51,47 +73,51 @@ def _order_signature(cls: type) -> None:
     init.__signature__ = signature.replace(parameters=ordered)
 
 
-def _with_inherited_entries(cls: type) -> str:
-    """Add the entries of bases to the sections of a class's docstring."""
-    doc = inspect.cleandoc(cls.__doc__ or "")
-    for section in SECTIONS:
-        entries = _entries(doc, section)
-        for base in cls.__mro__[1:]:
-            if issubclass(base, ParametersMixin):
-                for name, text in _entries(vars(base).get("__doc__"), section).items():
-                    entries.setdefault(name, text)
-        names = list(inspect.signature(cls).parameters)
-        if section == "Parameters":  # in the order of the signature
-            entries = {name: entries[name] for name in names if name in entries}
-        if entries:
-            doc = _with_section(doc, section, "".join(entries.values()))
-    return doc
+def _inherit(
+    documented: Any, above: Iterable[str | None], alike: Iterable[str | None] = ()
+) -> str | None:
+    """Add to a docstring what those above say that it does not say itself.
+
+    Those that are alike are asked for parameters only.
+    """
+    if not documented.__doc__:  # as under python -OO
+        return None
+    sections = _split_sections(documented.__doc__)
+    for other in map(_split_sections, above):
+        for title in MERGED:
+            own = _split_entries(sections.get(title, ""))
+            theirs = _split_entries(other.get(title, ""))
+            merged = own | {name: theirs[name] for name in theirs if name not in own}
+            sections[title] = "".join(merged.values())
+        for title in INHERITED:
+            sections.setdefault(title, other.get(title, ""))
+    entries: dict[str, str] = {}
+    for other in (*map(_split_sections, reversed([*alike])), sections):
+        entries |= _split_entries(other.get("Parameters", ""))
+    names = inspect.signature(documented).parameters
+    given = {re.sub(r"^\*+", "", name): name for name in entries}
+    sections["Parameters"] = "".join(entries[given[n]] for n in names if n in given)
+    return "\n".join(
+        (f"{title}\n{'-' * len(title)}\n" if title else "")
+        + sections[title].strip("\n")
+        + "\n"
+        for title in SECTIONS
+        if sections.get(title, "").strip()
+    )
 
 
-def _entries(doc: str | None, section: str) -> dict[str, str]:
-    """Part a section of a numpydoc docstring by names."""
-    found = _find(inspect.cleandoc(doc or ""), section)
-    if not found:
-        return {}
-    entries = re.split(r"(?m)^(?=\S)", found["body"].strip())
+def _split_sections(doc: str | None) -> dict[str, str]:
+    """Split a numpydoc docstring into its sections, by title."""
+    titles = r"(?m)^(\S[^\n]*)\n-{3,}\n"
+    before, *rest = re.split(titles, inspect.cleandoc(doc or ""))
+    return {"": before, **dict(zip(rest[::2], rest[1::2], strict=True))}
+
+
+def _split_entries(section: str) -> dict[str, str]:
+    """Split a section into what it documents, by name."""
+    entries = re.split(r"(?m)^(?=\S)", section.strip("\n"))
     return {
-        re.split(r"\W", entry, maxsplit=1)[0]: entry.rstrip() + "\n"
+        re.split(r"[\s:,]", entry, maxsplit=1)[0]: entry.rstrip() + "\n"
         for entry in entries
         if entry
     }
-
-
-def _find(doc: str, section: str) -> re.Match[str] | None:
-    until = r"(?=^\S[^\n]*\n-{3,}\n|\Z)"
-    pattern = rf"^{section}\n-{{3,}}\n(?P<body>.*?){until}"
-    return re.search(pattern, doc, re.MULTILINE | re.DOTALL)
-
-
-def _with_section(doc: str, section: str, text: str) -> str:
-    """Put a section in the place of the one of that name, or where it belongs."""
-    whole = f"{section}\n{'-' * len(section)}\n{text}\n"
-    if found := _find(doc, section):
-        return doc[: found.start()] + whole + doc[found.end() :]
-    before = _find(doc, r"(?:Attributes|See Also|Notes|References|Examples)")
-    at = before.start() if before else len(doc)
-    return f"{doc[:at].rstrip()}\n\n{whole}{doc[at:]}"

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
+from sklearn.base import _fit_context
+from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval
 from torch import Tensor
 
-from ..base import AnomalyDetector
+from ..base import AnomalyDetector, check_groups, keep_state_on_error, known_normal
 from ..draws import each_with_own_draws
 from ..features import BackboneEstimator
+from ..inputs import Vectors
 from ..scorers._base import HeldOutScores, copies_together, warn_of_copies
 from ..training import DivergedError, train
 
@@ -24,13 +28,98 @@ N_STAGES = 3  # of a pretrained network, by default
 MIN_HELD_OUT = 40  # samples, where a tenth would be fewer and there are 120
 
 
+@dataclass(frozen=True)
+class TrainingSamples:
+    """What `fit` is given: samples, their labels, and what they belong to."""
+
+    inputs: Vectors
+    labels: NDArray[np.intp]  # negative for known anomalies
+    groups: NDArray[Any] | None
+
+    def take(self, index: NDArray[Any]) -> TrainingSamples:
+        """Select samples."""
+        return TrainingSamples(
+            self.inputs.take(index), self.labels[index], self.groups_of(index)
+        )
+
+    def groups_of(self, index: NDArray[Any]) -> NDArray[Any] | None:
+        """Give the groups of these samples, if there are any."""
+        return None if self.groups is None else self.groups[index]
+
+
 class BackboneDetector(AnomalyDetector, BackboneEstimator):
     """Base of the detectors: each image's score follows from its features.
 
-    A subclass defines ``_score(features)``; its `fit` ends in `_set_threshold`.
+    A subclass defines ``_learn(samples, rng)``, which ends in `_set_threshold`, and
+    ``_score(features)``.
     """
 
     _saved: ClassVar = {"_held_out": HeldOutScores}
+
+    @keep_state_on_error
+    @_fit_context(prefer_skip_nested_validation=False)
+    def fit(
+        self, X: Any, y: ArrayLike | None = None, groups: ArrayLike | None = None
+    ) -> Self:
+        """Learn what normal images look like.
+
+        Parameters
+        ----------
+        X : array-like or sequence of paths
+            ``(n, d)`` vectors or flattened images; ``(n, height, width)``,
+            ``(n, height, width, channels)`` or ``(n, channels, height, width)``
+            images, uint8 or floats in [0, 1]; or paths of image files.
+        y : array-like of shape (n_samples,), default=None
+            +1 for normal images, -1 for known anomalies, which are left out.
+        groups : array-like of shape (n_samples,), default=None
+            What each image belongs to, such as a part or a video: whole groups are
+            left out when the threshold is set. None: images are unrelated, except
+            exact copies, which are left out together.
+
+        Returns
+        -------
+        self : object
+            The fitted detector.
+
+        Raises
+        ------
+        ValueError
+            If X, y, groups or a parameter is not what is described here, or if
+            training diverges.
+        FileNotFoundError
+            If image files, or the weights, are missing.
+
+        Warns
+        -----
+        UserWarning
+            If there are too few images for `contamination`, or, without `groups`, if
+            many of them are copies of others or nearly so.
+        ConvergenceWarning
+            If training did not work; the message says what to change.
+        """
+        self._fit(X, y, groups)
+        return self
+
+    def _fit(self, X: Any, y: Any, groups: Any, **more: Any) -> None:
+        inputs = self._fit_inputs(X)
+        groups = check_groups(groups, len(inputs))
+        labels = self._check_labels(y, len(inputs))
+        samples = TrainingSamples(inputs, labels, groups)
+        if not self._learns_anomalies() and (labels < 0).any():
+            samples = samples.take(labels >= 0)
+        self._learn(samples, check_random_state(self.random_state), **more)
+
+    def _check_labels(self, y: ArrayLike | None, n: int) -> NDArray[np.intp]:
+        """Give each sample's label: negative for known anomalies."""
+        return np.where(known_normal(y, n), 1, -1)
+
+    def _learns_anomalies(self) -> bool:
+        """Tell whether `_learn` is given known anomalies, too."""
+        return False
+
+    def _learn(self, samples: TrainingSamples, rng: np.random.RandomState) -> None:
+        """Learn from samples, and set the threshold."""
+        raise NotImplementedError
 
     def _check_enough(self, n: int, minimum: int = 2) -> None:
         if n < minimum:
@@ -57,11 +146,6 @@ class BackboneDetector(AnomalyDetector, BackboneEstimator):
 
     def score_samples(self, X: Any) -> NDArray[np.float64]:
         """Score images; the higher, the more normal.
-
-        Parameters
-        ----------
-        X : array-like or sequence of paths
-            Images, in any form that `fit` takes.
 
         Returns
         -------

@@ -241,11 +241,6 @@ class CrossFittedDetector(MetaEstimatorMixin, AnomalyDetector):
     def score_samples(self, X: Any) -> NDArray[np.float64]:
         """Score samples; the higher, the more normal.
 
-        Parameters
-        ----------
-        X : array-like or sequence of paths
-            Samples, in any form that `fit` takes.
-
         Returns
         -------
         ndarray of float64, shape (n_samples,)

@@ -5,17 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from numbers import Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from sklearn.base import _fit_context
-from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval
 from torch import Tensor
 
-from ..base import check_groups, keep_state_on_error, numeric_labels
+from ..base import numeric_labels
 from ..inference import PassOutputs
 from ..objectives import semi_supervised_loss
 from ..training import balanced_batches, batchnorm_batches
@@ -89,51 +87,24 @@ class DeepSAD(SphereDetector):
         "balanced": ["boolean"],
     }
 
-    @keep_state_on_error
-    @_fit_context(prefer_skip_nested_validation=True)
     def fit(
         self, X: Any, y: ArrayLike | None = None, groups: ArrayLike | None = None
-    ) -> DeepSAD:
+    ) -> Self:
         """Train the network.
 
         Parameters
         ----------
-        X : array-like or sequence of paths
-            ``(n, d)`` vectors or flattened images; ``(n, height, width)``,
-            ``(n, height, width, channels)`` or ``(n, channels, height, width)``
-            images, uint8 or floats in [0, 1]; or paths of image files.
         y : array-like of shape (n_samples,), default=None
             +1 for images known to be normal, -1 for known anomalies, 0 for images
             without label. None: no image has one, which is Deep SVDD.
-        groups : array-like of shape (n_samples,), default=None
-            What each image belongs to, such as a part or a video: what is held out of
-            training to set the threshold are whole groups. None: images are
-            unrelated, but exact copies, which are held out together.
-
-        Returns
-        -------
-        DeepSAD
-            The detector itself.
-
-        Raises
-        ------
-        ValueError
-            If X, y or a parameter is not what is described here, if a given network
-            has biases, or if training diverges.
-        FileNotFoundError
-            If image files, or the weights, are missing.
-
-        Warns
-        -----
-        ConvergenceWarning
-            If all images have one score.
         """
-        inputs = self._fit_inputs(X)
-        groups = check_groups(groups, len(inputs))
-        labels = check_semi_labels(y, len(inputs))
-        rng = check_random_state(self.random_state)
-        self._fit_sphere(inputs, labels, groups, rng)
-        return self
+        return super().fit(X, y, groups)
+
+    def _check_labels(self, y: ArrayLike | None, n: int) -> NDArray[np.intp]:
+        return check_semi_labels(y, n)
+
+    def _learns_anomalies(self) -> bool:
+        return True
 
     def _losses(
         self,
@@ -175,7 +146,7 @@ def check_semi_labels(y: ArrayLike | None, n: int) -> NDArray[np.intp]:
             "y holds 0 and 1: images without label, and images known to be normal. If "
             "1 marks the anomalies, map the labels with np.where(y == 1, -1, 0).",
             UserWarning,
-            stacklevel=4,
+            stacklevel=6,
         )
     if not found <= {-1, 0, 1}:
         return np.zeros(n, dtype=np.intp)

@@ -10,21 +10,20 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
-from sklearn.base import _fit_context
+from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor, nn
 
 from ..backbones import Backbone
 from ..backbones._small import ContrastNormalization, biases, without_biases
-from ..base import check_groups, draw_seed, keep_state_on_error, known_normal
+from ..base import draw_seed
 from ..draws import OwnDraws
 from ..inference import PassOutputs
 from ..inputs import Vectors, chunks
 from ..objectives import compactness, soft_boundary_loss
 from ..training import batchnorm_batches
+from ._base import TrainingSamples
 from ._trained import ObjectiveDetector
 
 N_OUTPUTS = 32  # where the last layer of a network is not linear
@@ -98,14 +97,8 @@ class SphereDetector(ObjectiveDetector):
         small = shape is not None and max(shape[1:]) <= 28
         return "svdd_mnist_lenet" if small else "svdd_cifar10_lenet"
 
-    def _fit_sphere(
-        self,
-        inputs: Vectors,
-        labels: NDArray[np.intp],
-        groups: NDArray[Any] | None,
-        rng: np.random.RandomState,
-    ) -> None:
-        """Train on samples labelled 0 or 1, and on anomalies (-1), if there are any."""
+    def _learn(self, samples: TrainingSamples, rng: np.random.RandomState) -> None:
+        inputs, labels = samples.inputs, samples.labels
         self._take_biases()
         if self.contrast_normalization:
             self._normalize_contrast(inputs)
@@ -115,7 +108,7 @@ class SphereDetector(ObjectiveDetector):
         rows = np.flatnonzero((labels >= 0) & seen.readable)
         anomalies = np.flatnonzero((labels < 0) & seen.readable)
         self._check_enough(len(rows))
-        held_out = self._hold_out(seen, rows, groups, rng)
+        held_out = self._hold_out(seen, rows, samples, rng)
         trained = rows[~held_out]
         self._project(draw_seed(rng))
         if self.pretrain_steps:
@@ -340,62 +333,16 @@ class DeepSVDD(SphereDetector):
         }
         return cls(**{**paper, **changes})
 
-    @keep_state_on_error
-    @_fit_context(prefer_skip_nested_validation=True)
-    def fit(
-        self, X: Any, y: ArrayLike | None = None, groups: ArrayLike | None = None
-    ) -> DeepSVDD:
-        """Train the network on normal images.
-
-        Parameters
-        ----------
-        X : array-like or sequence of paths
-            ``(n, d)`` vectors or flattened images; ``(n, height, width)``,
-            ``(n, height, width, channels)`` or ``(n, channels, height, width)``
-            images, uint8 or floats in [0, 1]; or paths of image files.
-        y : array-like of shape (n_samples,), default=None
-            +1 for normal images, -1 for known anomalies, which are left out.
-        groups : array-like of shape (n_samples,), default=None
-            What each image belongs to, such as a part or a video: what is held out of
-            training to set the threshold are whole groups. None: images are
-            unrelated, but exact copies, which are held out together.
-
-        Returns
-        -------
-        DeepSVDD
-            The detector itself.
-
-        Raises
-        ------
-        ValueError
-            If X, y or a parameter is not what is described here, if a given network
-            has biases, or if training diverges.
-        FileNotFoundError
-            If image files, or the weights, are missing.
-
-        Warns
-        -----
-        ConvergenceWarning
-            If all images have one score, or if the radius of a soft boundary is 0.
-        """
-        inputs = self._fit_inputs(X)
-        groups = check_groups(groups, len(inputs))
-        normal = known_normal(y, len(inputs))
-        if not normal.all():
-            inputs = inputs.take(normal)
-            groups = None if groups is None else groups[normal]
+    def _learn(self, samples: TrainingSamples, rng: np.random.RandomState) -> None:
         self.radius_ = 0.0
-        labels = np.zeros(len(inputs), dtype=np.intp)
-        rng = check_random_state(self.random_state)
-        self._fit_sphere(inputs, labels, groups, rng)
+        super()._learn(samples, rng)
         if self.objective == "soft-boundary" and self.radius_ == 0:
             warnings.warn(
                 f"The radius is still 0 after max_steps={self.max_steps}: lower "
                 "warm_up_steps.",
                 ConvergenceWarning,
-                stacklevel=3,
+                stacklevel=5,
             )
-        return self
 
     def _losses(
         self,

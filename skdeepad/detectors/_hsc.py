@@ -6,21 +6,21 @@ import math
 import warnings
 from collections.abc import Iterator
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit
-from sklearn.base import ClassifierMixin, _fit_context
+from sklearn.base import ClassifierMixin
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import Tags, check_random_state
+from sklearn.utils import Tags
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.multiclass import type_of_target
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from ..base import check_groups, draw_seed, keep_state_on_error
+from ..base import draw_seed
 from ..draws import OwnDraws
 from ..inference import PassOutputs
 from ..inputs import chunks
@@ -28,6 +28,7 @@ from ..objectives import focal_loss, hypersphere_loss, radial_distance
 from ..scorers import GaussianScorer
 from ..scorers._base import row_digests
 from ..training import balanced_batches
+from ._base import TrainingSamples
 from ._trained import FineTunedDetector
 
 N_OUTPUTS = 64  # where the last layer of a network is not made for the objective
@@ -196,63 +197,40 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
             raise ValueError(f"dataset={dataset!r} is not one of {', '.join(numbers)}.")
         return cls(**{"weight_decay": 5e-7, **numbers[dataset], **changes})
 
-    @keep_state_on_error
-    @_fit_context(prefer_skip_nested_validation=True)
     def fit(
         self, X: Any, y: ArrayLike | None = None, groups: ArrayLike | None = None
-    ) -> HSCClassifier:
+    ) -> Self:
         """Train the network on normal images and outliers.
 
         Parameters
         ----------
-        X : array-like or sequence of paths
-            ``(n, d)`` vectors or flattened images; ``(n, height, width)``,
-            ``(n, height, width, channels)`` or ``(n, channels, height, width)``
-            images, uint8 or floats in [0, 1]; or paths of image files.
         y : array-like of shape (n_samples,), default=None
             +1 for normal images, -1 for known anomalies or images of anything else;
             or any two labels, of which the greater is normal. None: there are only
             normal images, and noise is made for outliers.
-        groups : array-like of shape (n_samples,), default=None
-            What each image belongs to, such as a part or a video: what is held out of
-            training to set the threshold are whole groups. None: images are
-            unrelated, but exact copies, which are held out together.
-
-        Returns
-        -------
-        HSCClassifier
-            The classifier itself.
-
-        Raises
-        ------
-        ValueError
-            If X, y or a parameter is not what is described here, if y has one label
-            only, or if training diverges.
-        FileNotFoundError
-            If image files, or the weights, are missing.
 
         Warns
         -----
         UserWarning
             If y is None.
-        ConvergenceWarning
-            If outliers taught nothing, as they were told apart from the start, or if
-            all images have one score.
         """
-        inputs = self._fit_inputs(X)
-        groups = check_groups(groups, len(inputs))
-        self.classes_, normal = self._check_labels(y, len(inputs))
-        rng = check_random_state(self.random_state)
+        return super().fit(X, y, groups)
+
+    def _learns_anomalies(self) -> bool:
+        return True
+
+    def _learn(self, samples: TrainingSamples, rng: np.random.RandomState) -> None:
+        inputs, normal = samples.inputs, samples.labels > 0
         outputs = self._cut(inputs, self._trained_stages(self.backbone_), rng)
         seen = self._pass_once(outputs)
         rows = np.flatnonzero(normal & seen.readable)
         outliers = np.flatnonzero(~normal & seen.readable)
         self._check_enough(len(rows))
-        if y is not None and not len(outliers):
+        if not (normal.all() or len(outliers)):
             raise ValueError("y has one class only: no image of the other can be read.")
         held_out = np.zeros(len(rows), dtype=bool)
         if self.contamination is not None:
-            held_out = self._hold_out(seen, rows, groups, rng)
+            held_out = self._hold_out(seen, rows, samples, rng)
         whole = self._trains_all(self.backbone_)
         if not whole:
             # nothing is behind the features yet
@@ -275,21 +253,19 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
             self._warn_of_collapse(self._score(found))
         else:
             self._learn_threshold(self._settled_outputs(outputs, rows), held_out)
-        return self
 
-    def _check_labels(
-        self, y: ArrayLike | None, n: int
-    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        """Give the two labels, and tell which samples have the normal one."""
+    def _check_labels(self, y: ArrayLike | None, n: int) -> NDArray[np.intp]:
+        """Learn the two labels; give 1 for the normal one, and -1."""
         if y is None:
             warnings.warn(
                 "There is no known anomaly: noise stands for outliers. Images of "
                 "anything else, labelled -1, teach more; without them, see "
                 "MahalanobisFeatureScorer, PANDAEstimator and DeepSVDD.",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
-            return np.array([-1, 1]), np.ones(n, dtype=bool)
+            self.classes_ = np.array([-1, 1])
+            return np.ones(n, dtype=np.intp)
         classes, numbers = self._check_targets(y, n)
         if len(classes) > 2:
             raise ValueError(
@@ -301,7 +277,8 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
                 f"y has one class only, {classes.tolist()[0]!r}. Label outliers -1 and "
                 "normal images +1; without outliers, leave y out."
             )
-        return classes, numbers == 1
+        self.classes_ = classes
+        return np.where(numbers == 1, 1, -1)
 
     def _project(self, whole: bool, seed: int) -> None:
         """Put the last layers behind the features."""
@@ -382,11 +359,6 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
     def predict(self, X: Any) -> NDArray[Any]:
         """Tell the class of images.
 
-        Parameters
-        ----------
-        X : array-like or sequence of paths
-            Images, in any form that `fit` takes.
-
         Returns
         -------
         ndarray of shape (n_samples,)
@@ -398,11 +370,6 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
 
     def predict_proba(self, X: Any) -> NDArray[np.float64]:
         """Give the probabilities of both classes.
-
-        Parameters
-        ----------
-        X : array-like or sequence of paths
-            Images, in any form that `fit` takes.
 
         Returns
         -------

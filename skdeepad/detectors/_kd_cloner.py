@@ -12,16 +12,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
-from sklearn.base import _fit_context
-from sklearn.utils import check_random_state
+from numpy.typing import NDArray
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backbones import Backbone
 from ..backbones._cloner import make_cloner
-from ..base import check_groups, draw_seed, keep_state_on_error, known_normal
+from ..base import draw_seed
 from ..draws import OwnDraws
 from ..inference import INPUT, PassOutputs, Tap, flat, iter_outputs, to_tensor
 from ..inputs import Vectors, chunks
@@ -30,6 +28,7 @@ from ..scorers._base import row_digests
 from ..training import batchnorm_batches
 from ._base import (
     TrainedDetector,
+    TrainingSamples,
     as_unseen,
     by_rank_as_unseen,
     find_related,
@@ -296,46 +295,8 @@ default="discrepancy"
     def _default_stages(self, backbone: Backbone) -> Iterable[str]:
         return backbone.block_names[-N_STAGES:]
 
-    @keep_state_on_error
-    @_fit_context(prefer_skip_nested_validation=True)
-    def fit(
-        self, X: Any, y: ArrayLike | None = None, groups: ArrayLike | None = None
-    ) -> KDClonerEstimator:
-        """Teach the cloner what the source makes of normal images.
-
-        Parameters
-        ----------
-        X : array-like or sequence of paths
-            ``(n, d)`` vectors or flattened images; ``(n, height, width)``,
-            ``(n, height, width, channels)`` or ``(n, channels, height, width)``
-            images, uint8 or floats in [0, 1]; or paths of image files.
-        y : array-like of shape (n_samples,), default=None
-            +1 for normal images, -1 for known anomalies, which are left out.
-        groups : array-like of shape (n_samples,), default=None
-            What each image belongs to, such as a part or a video: what is held out of
-            training to set the threshold are whole groups. None: images are
-            unrelated, but exact copies, which are held out together.
-
-        Returns
-        -------
-        KDClonerEstimator
-            The detector itself.
-
-        Raises
-        ------
-        ValueError
-            If X, y or a parameter is not what is described here, if a cloner does not
-            give activations of the source's shapes, or if training diverges.
-        FileNotFoundError
-            If image files, or the weights, are missing.
-        """
-        inputs = self._fit_inputs(X)
-        groups = check_groups(groups, len(inputs))
-        normal = known_normal(y, len(inputs))
-        if not normal.all():
-            inputs = inputs.take(normal)
-            groups = None if groups is None else groups[normal]
-        rng = check_random_state(self.random_state)
+    def _learn(self, samples: TrainingSamples, rng: np.random.RandomState) -> None:
+        inputs = samples.inputs
         self.score_stages_ = self._check_score_stages()
         front = self._front()
         sample_shape = front.sample_shape(inputs)
@@ -346,8 +307,8 @@ default="discrepancy"
         rows = np.flatnonzero(~np.isnan(averages).any(axis=(1, 2)))
         self._check_enough(len(rows))
         means, scales = self._standardization(averages[rows], shapes)
-        told = None if groups is None else groups[rows]
-        related = find_related(told, averages[rows, 0], digests[rows])
+        groups = samples.groups_of(rows)
+        related = find_related(groups, averages[rows, 0], digests[rows])
         held_out = hold_out(related, self.validation_fraction, rng)
         seed = draw_seed(rng)
         cloner = self._make_cloner(sample_shape, shapes, seed)
@@ -368,7 +329,6 @@ default="discrepancy"
         self.map_offset_ = np.nan
         if self.localization == "discrepancy" and self._has_maps:
             self._learn_map_offset(inputs.take(rows[held_out]))
-        return self
 
     def _check_score_stages(self) -> tuple[str, ...]:
         given = self.score_stages

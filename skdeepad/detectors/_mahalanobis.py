@@ -18,13 +18,13 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 
 from ..backbones import Backbone
-from ..base import check_groups, keep_state_on_error, known_normal
+from ..base import keep_state_on_error, known_normal
 from ..frozen import fingerprint
 from ..inputs import Vectors
 from ..scorers import GaussianScorer
 from ..scorers._base import row_digests, warn_of_copies
 from ..scorers._gaussian import can_update
-from ._base import N_STAGES, BackboneDetector
+from ._base import N_STAGES, BackboneDetector, TrainingSamples
 
 
 class MahalanobisFeatureScorer(
@@ -107,42 +107,10 @@ estimator, default="ledoit_wolf"
     def _default_stages(self, backbone: Backbone) -> Iterable[str]:
         return backbone.block_names[-N_STAGES:]
 
-    @keep_state_on_error
-    @_fit_context(prefer_skip_nested_validation=True)
-    def fit(
-        self, X: Any, y: ArrayLike | None = None, groups: ArrayLike | None = None
-    ) -> MahalanobisFeatureScorer:
-        """Fit Gaussians to the features of normal images.
-
-        Parameters
-        ----------
-        X : array-like or sequence of paths
-            ``(n, d)`` vectors or flattened images; ``(n, height, width)``,
-            ``(n, height, width, channels)`` or ``(n, channels, height, width)``
-            images, uint8 or floats in [0, 1]; or paths of image files.
-        y : array-like of shape (n_samples,), default=None
-            +1 for normal images, -1 for known anomalies, which are left out.
-        groups : array-like of shape (n_samples,), default=None
-            What each image belongs to, such as a part or a video: the threshold is
-            set by scores for which the image's whole group is left out. None: images
-            are unrelated, but exact copies, which are left out together.
-
-        Returns
-        -------
-        MahalanobisFeatureScorer
-            The detector itself.
-
-        Raises
-        ------
-        ValueError
-            If X, y or a parameter is not what is described here.
-        FileNotFoundError
-            If image files, or the weights, are missing.
-        """
-        inputs = self._fit_inputs(X)
-        groups = check_groups(groups, len(inputs))
-        features, rows = self._training_features(inputs, y)
-        self._check_enough(len(rows), 3)
+    def _learn(self, samples: TrainingSamples, rng: np.random.RandomState) -> None:
+        features, readable = self._training_features(samples.inputs)
+        groups = samples.groups_of(readable)
+        self._check_enough(len(features), 3)
         digests = row_digests(features)
         self._gaussians = self._new_gaussians()
         held_out = []
@@ -151,10 +119,10 @@ estimator, default="ledoit_wolf"
             if groups is None:
                 held_out.append(gaussian._leave_one_out(part, digests))
             else:
-                held_out.append(gaussian._leave_groups_out(part, digests, groups[rows]))
+                held_out.append(gaussian._leave_groups_out(part, digests, groups))
         if groups is None:
             warn_of_copies(features, digests)
-        return self._finish(digests, held_out)
+        self._finish(digests, held_out)
 
     @available_if(can_update)
     @keep_state_on_error
@@ -188,8 +156,9 @@ estimator, default="ledoit_wolf"
         """
         first = not hasattr(self, "_gaussians")
         inputs = self._fit_inputs(X) if first else self._check_inputs(X)
-        features, rows = self._training_features(inputs, y)
-        self._check_enough(len(rows), 3 if first else 1)
+        normal = known_normal(y, len(inputs))
+        features, _ = self._training_features(inputs.take(normal))
+        self._check_enough(len(features), 3 if first else 1)
         digests = row_digests(features)
         if first:
             self._gaussians = self._new_gaussians()
@@ -256,15 +225,12 @@ estimator, default="ledoit_wolf"
         return self._finish(self._gaussians[0]._stream[1].digests, held_out)
 
     def _training_features(
-        self, inputs: Vectors, y: ArrayLike | None
-    ) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
-        """Give the features of normal images that can be read, and their positions."""
-        rows = np.flatnonzero(known_normal(y, len(inputs)))
-        if len(rows) < len(inputs):  # else there is nothing to copy
-            inputs = inputs.take(rows)
+        self, inputs: Vectors
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Give the features of images that can be read, and tell which those are."""
         features = self._all_features(inputs, fitting=True)
         readable = ~np.isnan(features).any(axis=1)
-        return features[readable], rows[readable]
+        return features[readable], np.asarray(readable)
 
     def _new_gaussians(self) -> list[GaussianScorer]:
         n = 1 if self.joint else len(self.stages_)
@@ -293,11 +259,6 @@ estimator, default="ledoit_wolf"
 
     def transform(self, X: Any) -> NDArray[np.float64]:
         """Whiten features: zero mean and unit covariance on the normal images.
-
-        Parameters
-        ----------
-        X : array-like or sequence of paths
-            Images, in any form that `fit` takes.
 
         Returns
         -------

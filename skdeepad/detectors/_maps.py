@@ -56,11 +56,6 @@ class AnomalyMapMixin(AnomalyDetector, BackboneEstimator):
     def anomaly_map(self, X: Any) -> Any:
         """Show where in images the anomaly is.
 
-        Parameters
-        ----------
-        X : array-like or sequence of paths
-            Images, in any form that `fit` takes.
-
         Returns
         -------
         ndarray of float32, shape (n_samples, height, width)

@@ -6,14 +6,14 @@ import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from joblib import Parallel, delayed
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import softmax
-from sklearn.base import BaseEstimator, ClassifierMixin, _fit_context, clone
+from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backbones import Backbone
-from ..base import check_groups, draw_seed, keep_state_on_error
+from ..base import draw_seed
 from ..draws import OwnDraws
 from ..frozen import fingerprint, frozen_copy
 from ..inference import FeaturePass, PassOutputs
 from ..training import batchnorm_batches
+from ._base import TrainingSamples
 from ._trained import FineTunedDetector, TrainedEnd
 
 GODIN = ("inner", "cosine", "euclidean")
@@ -217,63 +218,44 @@ default="max_logit"
         "n_jobs": [Integral, None],
     }
 
-    @keep_state_on_error
-    @_fit_context(prefer_skip_nested_validation=True)
     def fit(
         self, X: Any, y: ArrayLike | None = None, groups: ArrayLike | None = None
-    ) -> OpenSetClassifier:
+    ) -> Self:
         """Train the network on images of known classes.
 
         Parameters
         ----------
-        X : array-like or sequence of paths
-            ``(n, d)`` vectors or flattened images; ``(n, height, width)``,
-            ``(n, height, width, channels)`` or ``(n, channels, height, width)``
-            images, uint8 or floats in [0, 1]; or paths of image files.
         y : array-like of shape (n_samples,)
             Their classes, two at least. With ``head="given"`` only the classes'
             names are learnt: sorted, they stand for the logits; None for numbers.
-        groups : array-like of shape (n_samples,), default=None
-            What each image belongs to, such as a part or a video: what is held out of
-            training to set the threshold are whole groups. None: images are
-            unrelated, but exact copies, which are held out together.
-
-        Returns
-        -------
-        OpenSetClassifier
-            The classifier itself.
-
-        Raises
-        ------
-        ValueError
-            If X, y or a parameter is not what is described here, or if training
-            diverges.
-        FileNotFoundError
-            If image files, or the weights, are missing.
         """
+        return super().fit(X, y, groups)
+
+    def _fit(self, X: Any, y: Any, groups: Any, **more: Any) -> None:
         if self.anomaly_score in ("h", "g") and self.head not in GODIN:
             raise ValueError(
                 f"anomaly_score={self.anomaly_score!r} is Generalized ODIN's; set head "
                 f"to one of {', '.join(GODIN)}."
             )
-        inputs = self._fit_inputs(X)
-        groups = check_groups(groups, len(inputs))
-        targets = self._check_classes(y, len(inputs))
-        rng = check_random_state(self.random_state)
-        if self.n_members > 1:
-            return self._fit_members(X, y, groups, rng)
+        if self.n_members == 1:
+            super()._fit(X, y, groups)
+        else:
+            self._fit_members(X, y, groups)
+
+    def _learn(self, samples: TrainingSamples, rng: np.random.RandomState) -> None:
+        inputs, labels = samples.inputs, samples.labels
         trained = () if self.head == "given" else self._trained_stages(self.backbone_)
         outputs = self._cut(inputs, trained, rng)
         seen = self._pass_once(outputs)
         rows = np.flatnonzero(seen.readable)
         self._check_enough(len(rows))
-        held_out = self._hold_out(seen, rows, groups, rng)
+        held_out = self._hold_out(seen, rows, samples, rng)
         self._put_head(draw_seed(rng))
         if self.head == "given":
             held_out[:] = True  # nothing is trained on
             self.loss_curve_ = np.empty(0)
         else:
-            self._learn(outputs, targets, rows[~held_out], rng)
+            self._train_head(outputs, labels, rows[~held_out], rng)
         self.n_iter_ = len(self.loss_curve_)
         self.estimators_: list[OpenSetClassifier] = []
         self._settle()
@@ -282,9 +264,8 @@ default="max_logit"
         else:
             found = self._settled_outputs(outputs, rows)
         self._learn_threshold(found, held_out)
-        return self
 
-    def _check_classes(self, y: ArrayLike | None, n: int) -> NDArray[np.intp]:
+    def _check_labels(self, y: ArrayLike | None, n: int) -> NDArray[np.intp]:
         """Learn the classes' names; give each sample's number."""
         if y is None:
             if self.head != "given":
@@ -332,7 +313,7 @@ default="max_logit"
                 head = nn.Linear(n_features, n_classes)
         self._network.projection = head
 
-    def _learn(
+    def _train_head(
         self,
         outputs: PassOutputs,
         targets: NDArray[np.intp],
@@ -389,10 +370,11 @@ default="max_logit"
                 loss = loss + self.reconstruction_weight * error
             yield loss
 
-    def _fit_members(
-        self, X: Any, y: Any, groups: Any, rng: np.random.RandomState
-    ) -> OpenSetClassifier:
+    def _fit_members(self, X: Any, y: Any, groups: Any) -> None:
         """Fit the members of an ensemble, each from a seed of its own."""
+        inputs = self._fit_inputs(X)
+        self._check_labels(y, len(inputs))
+        rng = check_random_state(self.random_state)
         members = [
             clone(self).set_params(
                 n_members=1, n_jobs=None, verbose=False, random_state=draw_seed(rng)
@@ -409,7 +391,6 @@ default="max_logit"
         # members score what they were trained on as if it were new
         scores = self.score_samples(X)
         self._set_offset(scores[np.isfinite(scores)])
-        return self
 
     def _front(self) -> FeaturePass:
         if not self.perturbation:
@@ -429,11 +410,6 @@ default="max_logit"
     def score_samples(self, X: Any) -> NDArray[np.float64]:
         """Score images; the higher, the more like an image of a known class.
 
-        Parameters
-        ----------
-        X : array-like or sequence of paths
-            Images, in any form that `fit` takes.
-
         Returns
         -------
         ndarray of float64, shape (n_samples,)
@@ -448,11 +424,6 @@ default="max_logit"
 
     def decision_function(self, X: Any) -> NDArray[np.float64]:
         """Give the classes' logits.
-
-        Parameters
-        ----------
-        X : array-like or sequence of paths
-            Images, in any form that `fit` takes.
 
         Returns
         -------
@@ -473,11 +444,6 @@ default="max_logit"
     def predict(self, X: Any) -> NDArray[Any]:
         """Tell the most probable of the known classes.
 
-        Parameters
-        ----------
-        X : array-like or sequence of paths
-            Images, in any form that `fit` takes.
-
         Returns
         -------
         ndarray of shape (n_samples,)
@@ -491,11 +457,6 @@ default="max_logit"
     def predict_proba(self, X: Any) -> NDArray[np.float64]:
         """Give the probabilities of the known classes.
 
-        Parameters
-        ----------
-        X : array-like or sequence of paths
-            Images, in any form that `fit` takes.
-
         Returns
         -------
         ndarray of float64, shape (n_samples, n_classes)
@@ -508,11 +469,6 @@ default="max_logit"
 
     def predict_known(self, X: Any) -> NDArray[np.int_]:
         """Tell images of known classes from others.
-
-        Parameters
-        ----------
-        X : array-like or sequence of paths
-            Images, in any form that `fit` takes.
 
         Returns
         -------

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -21,17 +21,15 @@ from sklearn.base import (
     clone,
 )
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import Tags, check_random_state
+from sklearn.utils import Tags
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from torch import Tensor, nn
 
 from ..backbones._backbone import Adapted, Versions
 from ..backbones._pretrained import read_tensors
 from ..base import (
-    check_groups,
     draw_seed,
     keep_state_on_error,
-    known_normal,
     seeded_clone,
 )
 from ..draws import OwnDraws
@@ -41,7 +39,13 @@ from ..inputs import chunks
 from ..scorers import CentroidScorer, KMeansScorer, KNNScorer
 from ..scorers._base import Scorer, row_digests
 from ._adaptation import Adaptation, unit_length
-from ._base import TrainedDetector, as_unseen, find_related, hold_out
+from ._base import (
+    TrainedDetector,
+    TrainingSamples,
+    as_unseen,
+    find_related,
+    hold_out,
+)
 
 SCORERS = {"knn": KNNScorer, "kmeans": KMeansScorer, "centroid": CentroidScorer}
 ADAPTATIONS = {"early_stopping", "ses", "ewc", "joint", "outlier_exposure"}
@@ -278,40 +282,19 @@ None, default="ewc"
         *,
         X_pretrain: Any = None,
         y_pretrain: ArrayLike | None = None,
-    ) -> PANDAEstimator:
+    ) -> Self:
         """Adapt the features to normal images, and learn their density.
 
         Parameters
         ----------
-        X : array-like or sequence of paths
-            ``(n, d)`` vectors or flattened images; ``(n, height, width)``,
-            ``(n, height, width, channels)`` or ``(n, channels, height, width)``
-            images, uint8 or floats in [0, 1]; or paths of image files.
         y : array-like of shape (n_samples,), default=None
             +1 for normal images, -1 for known anomalies: they are left out, except
             by ``adaptation="outlier_exposure"``, which needs them.
-        groups : array-like of shape (n_samples,), default=None
-            What each image belongs to, such as a part or a video: what is held out of
-            training to set the threshold are whole groups. None: images are
-            unrelated, but exact copies, which are held out together.
         X_pretrain : array-like or sequence of paths, default=None
             For ``adaptation="joint"``: images of the classes that the network was
             pretrained on.
         y_pretrain : array-like of int, default=None
             Their classes: numbers of the head's logits.
-
-        Returns
-        -------
-        PANDAEstimator
-            The detector itself.
-
-        Raises
-        ------
-        ValueError
-            If X, y or a parameter is not what is described here, or if training
-            diverges.
-        FileNotFoundError
-            If image files, or the weights, are missing.
 
         Warns
         -----
@@ -320,20 +303,29 @@ None, default="ewc"
             spread), or if images are shown more often than in the paper's longest
             adaptation (50 times).
         """
-        inputs = self._fit_inputs(X)
-        groups = check_groups(groups, len(inputs))
-        normal = known_normal(y, len(inputs))
-        exposed = self.adaptation == "outlier_exposure"
-        if exposed and normal.all():
+        self._fit(X, y, groups, X_pretrain=X_pretrain, y_pretrain=y_pretrain)
+        return self
+
+    def _check_labels(self, y: ArrayLike | None, n: int) -> NDArray[np.intp]:
+        labels = super()._check_labels(y, n)
+        if self._learns_anomalies() and (labels > 0).all():
             raise ValueError(
                 "adaptation='outlier_exposure' needs known anomalies: y labels no row "
                 "as one (-1)."
             )
-        if not (exposed or normal.all()):
-            inputs = inputs.take(normal)
-            groups = None if groups is None else groups[normal]
-            normal = normal[normal]
-        rng = check_random_state(self.random_state)
+        return labels
+
+    def _learns_anomalies(self) -> bool:
+        return self.adaptation == "outlier_exposure"
+
+    def _learn(
+        self,
+        samples: TrainingSamples,
+        rng: np.random.RandomState,
+        X_pretrain: Any = None,
+        y_pretrain: ArrayLike | None = None,
+    ) -> None:
+        inputs, normal = samples.inputs, samples.labels > 0
         stages = self._copy_stages()
         front = self._front()
         (self._front_shape,) = front.shapes(front.sample_shape(inputs))
@@ -344,9 +336,9 @@ None, default="ewc"
         readable = ~np.isnan(features).any(axis=1)
         rows = np.flatnonzero(normal & readable)
         self._check_enough(len(rows))
-        told = None if groups is None else groups[rows]
+        groups = samples.groups_of(rows)
         digests = row_digests(features[rows])
-        held_out = self._hold_out(find_related(told, features[rows], digests), rng)
+        held_out = self._hold_out(find_related(groups, features[rows], digests), rng)
         self._logit: nn.Linear | None = None
         self.loss_curve_ = np.empty(0)
         self.checkpoints_: tuple[int, ...] = (0,)
@@ -361,7 +353,7 @@ None, default="ewc"
                 rng,
                 normalize=self.normalize,
             )
-            if exposed:
+            if self.adaptation == "outlier_exposure":
                 outliers = np.flatnonzero(~normal & readable)
                 losses = adaptation.outlier_exposure(outliers)
             elif self.adaptation == "joint":
@@ -375,8 +367,7 @@ None, default="ewc"
             versions = self._train(adaptation, losses)
             features = self._update(features, versions, outputs, rows, held_out)
         self.n_iter_ = len(self.loss_curve_)
-        self._learn_scores(features[rows], held_out, told, rng)
-        return self
+        self._learn_scores(features[rows], held_out, groups, rng)
 
     def _copy_stages(self) -> nn.Sequential:
         """Copy the stages from the first trained one on, ready to be trained."""
@@ -600,11 +591,6 @@ None, default="ewc"
 
     def transform(self, X: Any) -> NDArray[np.float32]:
         """Give the adapted features.
-
-        Parameters
-        ----------
-        X : array-like or sequence of paths
-            Images, in any form that `fit` takes.
 
         Returns
         -------

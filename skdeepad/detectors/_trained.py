@@ -28,7 +28,14 @@ from ..frozen import frozen_copy
 from ..inference import INPUT, PassOutputs, Tap, flat
 from ..inputs import Vectors, chunks
 from ..scorers._base import row_digests
-from ._base import N_STAGES, TrainedDetector, by_rank_as_unseen, find_related, hold_out
+from ._base import (
+    N_STAGES,
+    TrainedDetector,
+    TrainingSamples,
+    by_rank_as_unseen,
+    find_related,
+    hold_out,
+)
 
 DECAY = 0.1  # of the learning rate at a milestone
 SPREAD = 1e-4  # of scores, relative to their size: less is none
@@ -229,12 +236,12 @@ class ObjectiveDetector(TrainedDetector):
         self,
         seen: FirstPass,
         rows: NDArray[np.intp],
-        groups: NDArray[Any] | None,
+        samples: TrainingSamples,
         rng: np.random.RandomState,
     ) -> NDArray[np.bool_]:
         """Choose which of these samples are not trained on."""
-        told = None if groups is None else groups[rows]
-        related = find_related(told, seen.columns[rows], seen.digests[rows])
+        groups = samples.groups_of(rows)
+        related = find_related(groups, seen.columns[rows], seen.digests[rows])
         return hold_out(related, self.validation_fraction, rng)
 
     def _outputs(
