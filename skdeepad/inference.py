@@ -225,7 +225,7 @@ class FeaturePass:
         if len(forms) > 1 or not isinstance(next(iter(forms)), int):
             return self
         shape, form = self.sample_shape(inputs), forms.pop()
-        if not shape:  # files at their own size, which is told where there is one
+        if not shape:  # files at their own size, which is message where there is one
             return self
         taps = [Tap(name, form) for name in self.backbone.stage_names]
         while taps:
@@ -239,10 +239,10 @@ class FeaturePass:
 
     def key(self, tap: Tap) -> str:
         """Name what a tap takes in this pass: the same name, the same numbers."""
-        told = (*self._told(), tap.stage, tap.form, torch.__version__)
-        return blake2b(repr(told).encode(), digest_size=16).hexdigest()
+        message = (*self._key_parts(), tap.stage, tap.form, torch.__version__)
+        return blake2b(repr(message).encode(), digest_size=16).hexdigest()
 
-    def _told(self) -> tuple[Any, ...]:
+    def _key_parts(self) -> tuple[Any, ...]:
         return (
             *(type(self).__name__, fingerprint(self.backbone), self.image_size),
             *(self.device.type, str(self.dtype)),
@@ -326,7 +326,7 @@ class PassOutputs:
 
     Parameters
     ----------
-    task : FeaturePass
+    front : FeaturePass
         What to compute.
     inputs : Vectors, Images or ImagePaths
         The samples.
@@ -338,12 +338,12 @@ class PassOutputs:
 
     def __init__(
         self,
-        task: FeaturePass,
+        front: FeaturePass,
         inputs: Vectors,
         max_bytes: int,
         augment: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.task = task
+        self.front = front
         self.inputs = inputs
         self.max_bytes = max_bytes
         self.augment = augment
@@ -377,7 +377,7 @@ class PassOutputs:
         """
         change = self.augment
         outputs = self._run(indices, change) if change else self.unchanged(indices)
-        device = self.task.device
+        device = self.front.device
         for index, arrays in outputs:
             yield index, [to_tensor(array).to(device).float() for array in arrays]
 
@@ -386,12 +386,12 @@ class PassOutputs:
         indices: Iterable[NDArray[np.intp]],
         change: Callable[[Tensor], Tensor] | None = None,
     ) -> Iterator[Outputs]:
-        for batch in self.task.load(self.inputs, indices):
+        for batch in self.front.load(self.inputs, indices):
             if batch.values is None or batch.failed:
                 raise ValueError(f"Files cannot be read any more: {batch.failed}.")
             values = change(batch.values) if change else batch.values
             # a mini-batch may hold its samples twice, for BatchNorm
-            parts = map(self.task.run, values.split(self.task.batch_size))
+            parts = map(self.front.run, values.split(self.front.batch_size))
             yield batch.index, join(list(parts))
 
 
@@ -415,13 +415,13 @@ def regroup(batches: Iterable[Outputs], size: int) -> Iterator[Outputs]:
 
 
 def iter_outputs(
-    task: FeaturePass, inputs: Vectors, *, on_error: str, cache: Any = None
+    front: FeaturePass, inputs: Vectors, *, on_error: str, cache: Any = None
 ) -> Iterator[Outputs]:
     """Pass samples through a backbone, batch by batch.
 
     Parameters
     ----------
-    task : FeaturePass
+    front : FeaturePass
         What to compute.
     inputs : Vectors, Images or ImagePaths
         The samples.
@@ -444,26 +444,26 @@ def iter_outputs(
         read; all of them are named.
     """
     failed: dict[int, str] = {}
-    everything = chunks(np.arange(len(inputs)), task.batch_size)
+    everything = chunks(np.arange(len(inputs)), front.batch_size)
     if cache is None:
-        yield from _compute(task, inputs, everything, failed, on_error)
+        yield from _compute(front, inputs, everything, failed, on_error)
     else:
-        yield from _look_up(task, inputs, cache, failed, on_error)
+        yield from _look_up(front, inputs, cache, failed, on_error)
     if failed:
-        _tell(inputs, failed, on_error)
+        _report_unreadable(inputs, failed, on_error)
 
 
 def _look_up(
-    task: FeaturePass,
+    front: FeaturePass,
     inputs: Vectors,
     cache: Any,
     failed: dict[int, str],
     on_error: str,
 ) -> Iterator[Outputs]:
     """Give outputs from the cache, and put those in that are not there."""
-    n_taps = len(task.taps)
-    whole = cache.whole(task, inputs)
-    keys = [task.key(tap) for tap in whole.taps]
+    n_taps = len(front.taps)
+    whole = cache.whole(front, inputs)
+    keys = [front.key(tap) for tap in whole.taps]
     wanted = keys[:n_taps]
     digests = [inputs.digest(i) for i in range(len(inputs))]
 
@@ -473,7 +473,7 @@ def _look_up(
             yield index, arrays[:n_taps]
 
     found = np.ones(len(inputs), dtype=bool)
-    for index, arrays in compute(cache.missing(wanted, digests, task.batch_size)):
+    for index, arrays in compute(cache.missing(wanted, digests, front.batch_size)):
         found[index] = False
         yield index, arrays
     rest = np.flatnonzero(found)
@@ -482,33 +482,33 @@ def _look_up(
         yield rest[at], arrays
     # rows that are damaged, or cannot be read any more
     lost = [i for i in np.flatnonzero(found) if i not in failed]
-    yield from compute(chunks(np.array(lost, dtype=np.intp), task.batch_size))
+    yield from compute(chunks(np.array(lost, dtype=np.intp), front.batch_size))
 
 
 def _compute(
-    task: FeaturePass,
+    front: FeaturePass,
     inputs: Vectors,
     indices: Iterable[NDArray[np.intp]],
     failed: dict[int, str],
     on_error: str,
 ) -> Iterator[Outputs]:
-    for batch in task.load(inputs, indices):
+    for batch in front.load(inputs, indices):
         failed.update(batch.failed)
         # once an error is certain, the other files are only read, to name all
         if batch.values is not None and not (failed and on_error == "raise"):
-            yield batch.index, task.run(batch.values)
+            yield batch.index, front.run(batch.values)
     if failed and on_error == "raise":
-        _tell(inputs, failed, on_error)
+        _report_unreadable(inputs, failed, on_error)
 
 
-def _tell(inputs: Any, failed: dict[int, str], on_error: str) -> None:
+def _report_unreadable(inputs: Any, failed: dict[int, str], on_error: str) -> None:
     index = sorted(failed)
-    told = (
+    message = (
         f"{len(index)} of {len(inputs)} image files cannot be read: "
         f"{inputs.name(index)}. The first says: {failed[index[0]]}."
     )
     if on_error == "raise":
         raise ValueError(
-            f"{told} Mend or remove them, or set on_error='skip' to score them NaN."
+            f"{message} Mend or remove them, or set on_error='skip' to score them NaN."
         )
-    warnings.warn(f"{told} They were skipped.", UserWarning, stacklevel=2)
+    warnings.warn(f"{message} They were skipped.", UserWarning, stacklevel=2)

@@ -95,7 +95,7 @@ UNTRUSTED = [
     "skdeepad.features:StageCache",
     "skdeepad.cache:StageCache",
     "skdeepad.backbones._plain:SavedBackbone",
-    "skdeepad.detectors._kd_cloner:Augmentation",
+    "skdeepad.augmentation:RotationAndScaling",
     "skdeepad.persistence._reader:Reader",
     "skdeepad.scorers._knn:KNNScorer.fit",
     "skdeepad.nothing:__class__",

@@ -21,10 +21,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from skdeepad import KDClonerEstimator
+from skdeepad.augmentation import RotationAndScaling
 from skdeepad.backbones import Backbone, load_backbone
 from skdeepad.backbones._cloner import make_cloner
 from skdeepad.detectors._base import as_unseen, by_rank_as_unseen
-from skdeepad.detectors._kd_cloner import Augmentation, has_converged
+from skdeepad.detectors._kd_cloner import has_converged
 from skdeepad.detectors._source_and_cloner import (
     SourceAndCloner,
     discrepancy,
@@ -495,7 +496,7 @@ def test_residuals_find_what_losses_do_not(textures):
 def test_augmentation_turns_and_scales():
     image = torch.zeros(1, 1, 41, 41)
     image[0, 0, 20, 30] = 1  # right of the middle, ten pixels
-    augment = Augmentation(90, (1.0, 1.0), seed=0)
+    augment = RotationAndScaling(90, (1.0, 1.0), seed=0)
     angles = []
     for _ in range(20):
         found = augment(image)[0, 0]
@@ -504,9 +505,9 @@ def test_augmentation_turns_and_scales():
         angles.append(np.arctan2(y - 20, x - 20))
     assert np.ptp(angles) > 1
     assert np.abs(angles).max() < np.pi / 2 + 0.1
-    larger = Augmentation(0, (2.0, 2.0), seed=0)(image)[0, 0]
+    larger = RotationAndScaling(0, (2.0, 2.0), seed=0)(image)[0, 0]
     assert np.unravel_index(int(larger.argmax()), (41, 41)) == (20, 40)
-    unchanged = Augmentation(0, (1.0, 1.0), seed=0)(image)
+    unchanged = RotationAndScaling(0, (1.0, 1.0), seed=0)(image)
     assert_allclose(unchanged, image, atol=1e-5)
 
 
@@ -514,7 +515,7 @@ def test_augmentation_keeps_the_aspect():
     """A turn by a right angle of an oblong image keeps distances in pixels."""
     image = torch.zeros(1, 1, 21, 41)
     image[0, 0, 10, 26] = 1
-    augment = Augmentation(180, (1.0, 1.0), seed=3)
+    augment = RotationAndScaling(180, (1.0, 1.0), seed=3)
     for _ in range(10):
         found = augment(image)[0, 0]
         y, x = np.unravel_index(int(found.argmax()), (21, 41))

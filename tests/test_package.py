@@ -61,7 +61,7 @@ HOUSE = [
     ("features", "fisher", "localization"),
     ("cache", "inference", "scorers"),
     ("frozen",),
-    ("backbones", "base", "objectives", "training"),
+    ("augmentation", "backbones", "base", "objectives", "training"),
     ("draws", "inputs"),
     ("checks", "parameters"),
 ]

@@ -21,8 +21,8 @@ from skdeepad import (
     OpenSetClassifier,
     PANDAEstimator,
 )
+from skdeepad.augmentation import EachImage, paper_augmentation
 from skdeepad.backbones import Backbone, _from_name, load_backbone
-from skdeepad.detectors._trained import Augmentation, paper_augmentation
 from skdeepad.draws import OwnDraws, each_with_own_draws
 
 ROWS = np.random.default_rng(0).normal(size=(60, 12)).astype(np.float32)
@@ -273,7 +273,7 @@ def test_fits(case):
 def test_an_augmentation_is_a_stream_of_its_own(channels):
     images = torch.from_numpy(IMAGES[: 8 * channels]).view(8, channels, 28, 28)
 
-    def augmented(make=lambda: Augmentation(TRANSFORMS, 0)):
+    def augmented(make=lambda: EachImage(TRANSFORMS, 0)):
         augment = make()
         return torch.stack([augment(images) for _ in range(5)])
 

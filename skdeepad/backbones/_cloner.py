@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ._backbone import Backbone
 
-COMPACT = 16  # width of the layers that nothing is compared with: the paper's
-MOST = 3  # layers in a block; VGG's have no more
+COMPACT_WIDTH = 16  # width of the layers that nothing is compared with: the paper's
+MAX_LAYERS = 3  # layers in a block; VGG's have no more
 
 
 class Cloner(nn.Module):
@@ -97,9 +97,9 @@ def make_cloner(
                 f"stage {name!r} gives values of shape {tuple(output.shape[1:])}, "
                 "neither maps nor vectors: choose other stages, or pass a cloner."
             )
-        width = output.shape[1] if compared or not compact else COMPACT
-        hidden = COMPACT if compact else width
-        depth = min(max(_count_layers(source.stages[name]), 1 + compared), MOST)
+        width = output.shape[1] if compared or not compact else COMPACT_WIDTH
+        hidden = COMPACT_WIDTH if compact else width
+        depth = min(max(_count_layers(source.stages[name]), 1 + compared), MAX_LAYERS)
         widths = [x.shape[1], *[hidden] * (depth - 1), width]
         pooling = _last_max_pooling(source.stages[name])
         block = _make_block(x, output, widths, pooling)

@@ -39,7 +39,7 @@ class Adaptation:
         *,
         normalize: bool,
     ) -> None:
-        self.device = outputs.task.device
+        self.device = outputs.front.device
         self.stages = stages.to(self.device).to(memory_format=torch.channels_last)
         self.head: Any = head and head.to(self.device)
         self.center = center.to(self.device)
@@ -48,7 +48,7 @@ class Adaptation:
         # of its own, so that all objectives see the same mini-batches
         self.seed = draw_seed(rng)
         self.rng = np.random.RandomState(self.seed)
-        self.batch_size = outputs.task.batch_size
+        self.batch_size = outputs.front.batch_size
         self.normalize = normalize
         self.trained = {
             name: parameter

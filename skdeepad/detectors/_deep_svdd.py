@@ -26,14 +26,18 @@ from ..training import batchnorm_batches
 from ._base import TrainingSamples
 from ._trained import ObjectiveDetector
 
-N_OUTPUTS = 32  # where the last layer of a network is not linear
-AWAY = 0.1  # from zero, for each entry of the centre
+N_SPHERE_OUTPUTS = 32  # where the last layer of a network is not linear
+MIN_CENTER = 0.1  # from zero, for each entry of the centre
 CONTRAST = "contrast"
 
 
 def away_from_zero(center: NDArray[np.float32]) -> NDArray[np.float32]:
     """Keep each entry away from zero, which networks without biases always reach."""
-    return np.where(np.abs(center) < AWAY, np.where(center < 0, -AWAY, AWAY), center)
+    return np.where(
+        np.abs(center) < MIN_CENTER,
+        np.where(center < 0, -MIN_CENTER, MIN_CENTER),
+        center,
+    )
 
 
 class SphereDetector(ObjectiveDetector):
@@ -103,8 +107,8 @@ class SphereDetector(ObjectiveDetector):
         if self.contrast_normalization:
             self._normalize_contrast(inputs)
         names = [name for name in self.backbone_.stage_names if name != CONTRAST]
-        outputs = self._cut(inputs, tuple(names), rng)
-        seen = self._pass_once(outputs)
+        outputs = self._split_network(inputs, tuple(names), rng)
+        seen = self._run_front(outputs)
         rows = np.flatnonzero((labels >= 0) & seen.readable)
         anomalies = np.flatnonzero((labels < 0) & seen.readable)
         self._check_enough(len(rows))
@@ -123,8 +127,8 @@ class SphereDetector(ObjectiveDetector):
             weight_decay=self.weight_decay,
         )
         self.n_iter_ = len(self.loss_curve_)
-        self._settle()
-        self._learn_threshold(self._settled_outputs(outputs, rows), held_out)
+        self._freeze_network()
+        self._learn_threshold(self._scored_outputs(outputs, rows), held_out)
 
     def _take_biases(self) -> None:
         """Take the biases from our networks; refuse others that have some."""
@@ -169,7 +173,7 @@ class SphereDetector(ObjectiveDetector):
             return
         with OwnDraws(seed):
             self._network.projection = nn.Linear(
-                sum(self._widths), N_OUTPUTS, bias=False
+                sum(self._widths), N_SPHERE_OUTPUTS, bias=False
             )
 
     def _pretrain(
@@ -179,7 +183,7 @@ class SphereDetector(ObjectiveDetector):
         rng: np.random.RandomState,
     ) -> None:
         """Train the network as the encoder of an autoencoder."""
-        network, device = self._network, outputs.task.device
+        network, device = self._network, outputs.front.device
         decoder = self._make_decoder(draw_seed(rng)).to(device)
 
         def losses() -> Iterator[Tensor]:

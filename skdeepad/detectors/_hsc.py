@@ -31,9 +31,9 @@ from ..training import balanced_batches
 from ._base import TrainingSamples
 from ._trained import FineTunedDetector
 
-N_OUTPUTS = 64  # where the last layer of a network is not made for the objective
+N_PROJECTED = 64  # where the last layer of a network is not made for the objective
 N_CHECKED = 1024  # images that are looked at for a collapse
-TAUGHT = 0.01  # an outlier loss below it teaches nothing
+MIN_OUTLIER_LOSS = 0.01  # an outlier loss below it teaches nothing
 
 
 class HSCClassifier(ClassifierMixin, FineTunedDetector):
@@ -221,8 +221,8 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
 
     def _learn(self, samples: TrainingSamples, rng: np.random.RandomState) -> None:
         inputs, normal = samples.inputs, samples.labels > 0
-        outputs = self._cut(inputs, self._trained_stages(self.backbone_), rng)
-        seen = self._pass_once(outputs)
+        outputs = self._split_network(inputs, self._trained_stages(self.backbone_), rng)
+        seen = self._run_front(outputs)
         rows = np.flatnonzero(normal & seen.readable)
         outliers = np.flatnonzero(~normal & seen.readable)
         self._check_enough(len(rows))
@@ -245,14 +245,14 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
             weight_decay=self.weight_decay,
         )
         self.n_iter_ = len(self.loss_curve_)
-        self._settle()
+        self._freeze_network()
         if self.contamination is None:
             self._held_out = None
             self.offset_ = -math.log(2) if self.objective == "hsc" else 0.0
-            found = self._settled_outputs(outputs, rows[:N_CHECKED])
+            found = self._scored_outputs(outputs, rows[:N_CHECKED])
             self._warn_of_collapse(self._score(found))
         else:
-            self._learn_threshold(self._settled_outputs(outputs, rows), held_out)
+            self._learn_threshold(self._scored_outputs(outputs, rows), held_out)
 
     def _check_labels(self, y: ArrayLike | None, n: int) -> NDArray[np.intp]:
         """Learn the two labels; give 1 for the normal one, and -1."""
@@ -294,7 +294,7 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
                 nn.init.eye_(identity.weight)
                 layers.append(identity)
             elif width == "auto" and not self._network.ends_linear:
-                layers.append(nn.Linear(n_features, N_OUTPUTS, bias=False))
+                layers.append(nn.Linear(n_features, N_PROJECTED, bias=False))
             elif isinstance(width, int | np.integer):
                 layers.append(nn.Linear(n_features, width, bias=False))
             if self.objective != "hsc":
@@ -315,7 +315,7 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
         rng: np.random.RandomState,
     ) -> Iterator[Tensor]:
         """Give the loss of one mini-batch after the other, without end."""
-        device = outputs.task.device
+        device = outputs.front.device
         network = self._network.to(device)
         noise = None if len(outliers) else Noise(outputs, normal, draw_seed(rng))
         halves = outputs.batches(
@@ -335,7 +335,10 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
         """Warn of outliers that are far outside before anything is learnt."""
         distances = radial_distance(z.detach(), self.norm)
         loss = hypersphere_loss(distances, outlier)[outlier].mean().item()
-        if loss < TAUGHT and distances[outlier].min() > distances[~outlier].max():
+        if (
+            loss < MIN_OUTLIER_LOSS
+            and distances[outlier].min() > distances[~outlier].max()
+        ):
             warnings.warn(
                 f"Outliers are told apart from the start (their loss is {loss:.1g}): "
                 "they teach nothing. Outliers nearer to the normal images teach more.",
@@ -420,7 +423,7 @@ class Noise:
         self.rng = np.random.RandomState(seed)
         self.low: list[Any] = []
         self.high: list[Any] = []
-        batches = outputs.batches(chunks(normal, outputs.task.batch_size))
+        batches = outputs.batches(chunks(normal, outputs.front.batch_size))
         for _, inputs in batches:
             low, high = [x.amin(dim=0) for x in inputs], [x.amax(dim=0) for x in inputs]
             self.low = list(map(torch.minimum, self.low or low, low))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import compress
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -15,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ..augmentation import RotationAndScaling
 from ..backbones import Backbone
 from ..backbones._cloner import make_cloner
 from ..base import draw_seed
@@ -36,51 +34,20 @@ from ._base import (
 )
 from ._maps import AnomalyMapMixin
 from ._source_and_cloner import (
-    TINY,
     SourceAndCloner,
+    channel_scales,
+    checked_cloner,
     discrepancy,
-    in_order,
+    learn_precisions,
     losses,
+    paired,
     residual_map,
-    residuals,
     total_loss,
 )
 
-N_STAGES = 4  # the paper's "last four max-pooling layers"
+N_CRITICAL_LAYERS = 4  # the paper's "last four max-pooling layers"
 LOCALIZATIONS = {"discrepancy", "gradient", "smoothgrad", "guided_backprop"}
-RARE = 0.01  # of a stage's mean variance: channels that vary less are not blown up
-WINDOW = 100  # steps over which losses are compared
-
-
-class Augmentation:
-    """Turn and scale images at random: the paper's setting for few images.
-
-    Parameters
-    ----------
-    rotation : float
-        In degrees: the angle is drawn from [-rotation, rotation].
-    scaling : (float, float)
-        The factor is drawn from this range.
-    seed : int
-    """
-
-    def __init__(self, rotation: float, scaling: tuple[float, float], seed: int):
-        self.rotation = rotation
-        self.scaling = scaling
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Change each image of a batch by a draw of its own."""
-        draws = torch.rand(2, len(images), generator=self.generator)
-        angle = torch.deg2rad(self.rotation * (2 * draws[0] - 1))
-        low, high = self.scaling
-        factor = low + (high - low) * draws[1]
-        cos, sin = angle.cos() / factor, angle.sin() / factor
-        aspect = images.shape[2] / images.shape[3]
-        rows = [cos, -sin * aspect, 0 * cos, sin / aspect, cos, 0 * cos]
-        matrices = torch.stack(rows, dim=1).view(-1, 2, 3)
-        grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
-        return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+CONVERGENCE_STEPS = 100  # steps over which losses are compared
 
 
 class KDClonerEstimator(AnomalyMapMixin, TrainedDetector):
@@ -293,7 +260,7 @@ default="discrepancy"
         return cls(**{**paper, **changes})
 
     def _default_stages(self, backbone: Backbone) -> Iterable[str]:
-        return backbone.block_names[-N_STAGES:]
+        return backbone.block_names[-N_CRITICAL_LAYERS:]
 
     def _learn(self, samples: TrainingSamples, rng: np.random.RandomState) -> None:
         inputs = samples.inputs
@@ -306,7 +273,8 @@ default="discrepancy"
         averages, digests = self._measure(outputs, shapes)
         rows = np.flatnonzero(~np.isnan(averages).any(axis=(1, 2)))
         self._check_enough(len(rows))
-        means, scales = self._standardization(averages[rows], shapes)
+        widths = [shape[0] for shape in shapes[1:]]
+        means, scales = channel_scales(averages[rows], widths, self.standardize)
         groups = samples.groups_of(rows)
         related = find_related(groups, averages[rows, 0], digests[rows])
         held_out = hold_out(related, self.validation_fraction, rng)
@@ -315,7 +283,7 @@ default="discrepancy"
         network = SourceAndCloner(self.backbone_, cloner, self.stages_, means, scales)
         self._train(network, outputs, rows[~held_out], rng, seed + 1)
         if self.discrepancy == "mahalanobis":
-            self._learn_precisions(network, outputs, rows[~held_out])
+            learn_precisions(network, self.score_stages_, outputs, rows[~held_out])
         self._network, self.cloner_ = network, network.stages["cloner"]
         self._widths = [1] if network.scored else [2] * len(self.stages_)
         self._has_maps = any(
@@ -342,13 +310,13 @@ default="discrepancy"
             )
         return tuple(name for name in self.stages_ if name in names)
 
-    def _augmentation(self, seed: int) -> Augmentation | None:
+    def _augmentation(self, seed: int) -> RotationAndScaling | None:
         low, high = check_scaling(self.scaling)
         if self.rotation == 0 and low == high == 1:
             return None
         if self.backbone_.vectors:
             raise ValueError("rotation and scaling are for images; X holds vectors.")
-        return Augmentation(self.rotation, (low, high), seed)
+        return RotationAndScaling(self.rotation, (low, high), seed)
 
     def _taps(self) -> tuple[Tap, ...]:
         return Tap(INPUT, "output"), *(Tap(stage, "map") for stage in self.stages_)
@@ -368,7 +336,7 @@ default="discrepancy"
         # by sample, so that sums do not depend on the order in which they come
         averages = np.full((n, 2, sum(s[0] for s in shapes[1:])), np.nan, np.float32)
         digests = np.zeros(n, dtype=np.uint64)
-        batches = self._run(outputs.task, outputs.inputs, fitting=False)
+        batches = self._run(outputs.front, outputs.inputs, fitting=False)
         for index, (x, *taps) in outputs.keep(batches):
             digests[index] = row_digests(flat([x]))
             found = [to_tensor(tap).float() for tap in taps]
@@ -377,21 +345,6 @@ default="discrepancy"
                 mean = torch.cat([(m**power).mean(dim=2) for m in maps], dim=1)
                 averages[index, k] = mean.numpy()
         return averages, digests
-
-    def _standardization(
-        self, averages: NDArray[np.float32], shapes: list[tuple[int, ...]]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Give the mean and the scale of each stage's channels."""
-        widths = [shape[0] for shape in shapes[1:]]
-        average = torch.from_numpy(averages.mean(axis=0, dtype=np.float64))
-        means, scales = [], []
-        for mean, square in zip(*(m.split(widths) for m in average), strict=True):
-            variance = (square - mean**2).clamp(min=0)
-            variance = variance.clamp(min=RARE * float(variance.mean()))
-            varies = self.standardize and float(variance.max()) > 0
-            means.append(mean.float() if varies else torch.zeros(len(mean)))
-            scales.append(variance.sqrt().float() if varies else torch.ones(len(mean)))
-        return means, scales
 
     def _make_cloner(
         self, sample_shape: tuple[int, ...], shapes: list[tuple[int, ...]], seed: int
@@ -414,22 +367,7 @@ default="discrepancy"
                 f"cloner={self.cloner!r} is not 'compact', 'equal', a torch.nn.Module "
                 "or a function that returns one."
             )
-        made = copy.deepcopy(made).float().requires_grad_(True).eval()
-        try:
-            with torch.inference_mode():
-                outputs = in_order(made(torch.zeros(2, *shapes[0])), self.stages_)
-            given = [tuple(output.shape[1:]) for output in outputs]
-        except (RuntimeError, TypeError, AttributeError, KeyError) as error:
-            raise ValueError(
-                f"cloner fails on images of shape {tuple(shapes[0])}: {error!r}."
-            ) from error
-        expected = [tuple(shape) for shape in shapes[1:]]
-        if given != expected:
-            raise ValueError(
-                f"cloner gives activations of shapes {given}, while the stages "
-                f"{', '.join(self.stages_)} of the source have {expected}."
-            )
-        return made
+        return checked_cloner(made, self.stages_, shapes)
 
     def _train(
         self,
@@ -440,7 +378,7 @@ default="discrepancy"
         seed: int,
     ) -> None:
         """Train the cloner until the loss has converged, or the budget is spent."""
-        network.frozen().to(outputs.task.device)
+        network.frozen().to(outputs.front.device)
         cloner = network.stages["cloner"].requires_grad_(True)
         if not network.vectors:
             cloner = cloner.to(memory_format=torch.channels_last)
@@ -467,33 +405,11 @@ default="discrepancy"
         mini_batches = batchnorm_batches(rows, self.batch_size, rng)
         weights: Tensor | None = None
         for pairs in paired(network, outputs, mini_batches):
-            both = torch.stack([losses(s, c).mean(dim=0) for s, c in pairs]).sum(dim=0)
+            of_stages = [losses(*pair).mean(dim=0) for pair in pairs.values()]
+            both = torch.stack(of_stages).sum(dim=0)
             if weights is None:
                 weights = self._settle_weights(*both.tolist()).to(both.device)
             yield both @ weights
-
-    def _learn_precisions(
-        self, network: SourceAndCloner, outputs: PassOutputs, rows: NDArray[np.intp]
-    ) -> None:
-        """Learn how residuals of normal images vary, by stage."""
-        network.to(outputs.task.device)
-        scored = [name in self.score_stages_ for name in self.stages_]
-        covariances: list[Any] = [0.0] * sum(scored)
-        batches = chunks(rows, self.batch_size)
-        with torch.no_grad():
-            for pairs in paired(network, outputs, batches):
-                for k, (source, cloner) in enumerate(compress(pairs, scored)):
-                    flat = residuals(source, cloner).transpose(0, 1).flatten(1)
-                    share = len(source) / len(rows) / flat.shape[1]
-                    covariances[k] += share * (flat @ flat.T).double().cpu()
-        for covariance in covariances:
-            n_channels = len(covariance)
-            ridge = RARE * covariance.trace() / n_channels  # as for rare channels
-            covariance += ridge.clamp(min=TINY) * torch.eye(n_channels)
-            precision = torch.linalg.inv(covariance).float()
-            network.precisions.append(nn.Parameter(precision, requires_grad=False))
-        network.scored = self.score_stages_
-        network.frozen().cpu()
 
     def _settle_weights(self, value: float, direction: float) -> Tensor:
         """Weigh the terms of Eq. 4, by their first values if so wanted."""
@@ -589,18 +505,6 @@ def stage_losses(detector: KDClonerEstimator, X: Any) -> NDArray[np.float32]:
     return detector._all_features(detector._check_inputs(X))[:, ::2]
 
 
-def paired(
-    network: SourceAndCloner, outputs: PassOutputs, batches: Iterable[NDArray[np.intp]]
-) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Give each stage's activations in the source and the cloner, batch by batch."""
-    task = outputs.task
-    mixed = task.dtype == torch.bfloat16
-    for _, inputs in outputs.batches(batches):
-        with torch.autocast(task.device.type, torch.bfloat16, enabled=mixed):
-            pairs = network.pairs(*inputs)
-        yield list(pairs.values())
-
-
 def check_scaling(scaling: Any) -> tuple[float, float]:
     """Check a range of factors."""
     if len(scaling) != 2 or not 0 < scaling[0] <= scaling[1]:
@@ -610,7 +514,7 @@ def check_scaling(scaling: Any) -> tuple[float, float]:
 
 def has_converged(curve: list[float], tol: float) -> bool:
     """Tell, every 100 steps, whether the last 100 have made a difference."""
-    if len(curve) % WINDOW or len(curve) < 2 * WINDOW:
+    if len(curve) % CONVERGENCE_STEPS or len(curve) < 2 * CONVERGENCE_STEPS:
         return False
-    *_, before, after = np.reshape(curve, (-1, WINDOW)).mean(axis=1)
+    *_, before, after = np.reshape(curve, (-1, CONVERGENCE_STEPS)).mean(axis=1)
     return bool(after > (1 - tol) * before)

@@ -31,7 +31,7 @@ from ._trained import FineTunedDetector, TrainedEnd
 
 GODIN = ("inner", "cosine", "euclidean")
 SCORES = ("max_logit", "max_softmax", "entropy", "energy", "h", "g")
-TINY = 1e-4  # added to norms, as in the code of Guyer
+NORM_EPSILON = 1e-4  # added to norms, as in the code of Guyer
 
 
 class Deconfidence(nn.Module):
@@ -61,8 +61,11 @@ class Deconfidence(nn.Module):
         if self.kind == "inner":
             return F.linear(z, self.weight, self.bias)
         if self.kind == "cosine":
-            lengths = [v.norm(dim=1, keepdim=True) + TINY for v in (z, self.weight)]
-            return (z / lengths[0]) @ (self.weight / lengths[1]).T
+            z, weight = (
+                v / (v.norm(dim=1, keepdim=True) + NORM_EPSILON)
+                for v in (z, self.weight)
+            )
+            return z @ weight.T
         return -(z[:, None] - self.weight).square().mean(dim=2)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -119,8 +122,8 @@ class PerturbedPass(FeaturePass):
             (slope,) = torch.autograd.grad(scores.sum(), x)
         return super()._outputs(network, x.detach() + self.size * slope.sign())
 
-    def _told(self) -> tuple[Any, ...]:
-        return *super()._told(), self.score, self.size, fingerprint(self.end)
+    def _key_parts(self) -> tuple[Any, ...]:
+        return *super()._key_parts(), self.score, self.size, fingerprint(self.end)
 
 
 class OpenSetClassifier(ClassifierMixin, FineTunedDetector):
@@ -245,8 +248,8 @@ default="max_logit"
     def _learn(self, samples: TrainingSamples, rng: np.random.RandomState) -> None:
         inputs, labels = samples.inputs, samples.labels
         trained = () if self.head == "given" else self._trained_stages(self.backbone_)
-        outputs = self._cut(inputs, trained, rng)
-        seen = self._pass_once(outputs)
+        outputs = self._split_network(inputs, trained, rng)
+        seen = self._run_front(outputs)
         rows = np.flatnonzero(seen.readable)
         self._check_enough(len(rows))
         held_out = self._hold_out(seen, rows, samples, rng)
@@ -258,11 +261,11 @@ default="max_logit"
             self._train_head(outputs, labels, rows[~held_out], rng)
         self.n_iter_ = len(self.loss_curve_)
         self.estimators_: list[OpenSetClassifier] = []
-        self._settle()
+        self._freeze_network()
         if self.perturbation:
             found = self._all_features(inputs)[rows]
         else:
-            found = self._settled_outputs(outputs, rows)
+            found = self._scored_outputs(outputs, rows)
         self._learn_threshold(found, held_out)
 
     def _check_labels(self, y: ArrayLike | None, n: int) -> NDArray[np.intp]:
@@ -336,7 +339,7 @@ default="max_logit"
                     "features can learn what images are: set trainable_stages to all, "
                     "or weights=None."
                 )
-            decoder = self._make_decoder(draw_seed(rng)).to(outputs.task.device)
+            decoder = self._make_decoder(draw_seed(rng)).to(outputs.front.device)
             modules.append(decoder)
         self.loss_curve_ = self._train(
             self._losses(outputs, targets, rows, decoder, rng),
@@ -356,7 +359,7 @@ default="max_logit"
         rng: np.random.RandomState,
     ) -> Iterator[Tensor]:
         """Give the loss of one mini-batch after the other, without end."""
-        device = outputs.task.device
+        device = outputs.front.device
         network = self._network.to(device)
         n_classes = len(self.classes_)
         drawn = batchnorm_batches(rows, self.batch_size, rng)

@@ -329,7 +329,7 @@ None, default="ewc"
         stages = self._copy_stages()
         front = self._front()
         (self._front_shape,) = front.shapes(front.sample_shape(inputs))
-        self._use({"step0": copy.deepcopy(stages)})
+        self._set_versions({"step0": copy.deepcopy(stages)})
         outputs = PassOutputs(front, inputs, self.max_cache_bytes)
         first = outputs.keep(self._run(front, inputs, not self.adaptation))
         features = self._gather(self._embed(first), len(inputs))
@@ -403,7 +403,7 @@ None, default="ewc"
     def _end(self) -> Versions:
         return self._versions
 
-    def _use(self, versions: Mapping[str, nn.Module]) -> None:
+    def _set_versions(self, versions: Mapping[str, nn.Module]) -> None:
         """Take the features of these versions of the stages after them."""
         first = self.trained_stages_[0]
         self._versions = Adapted(
@@ -445,7 +445,7 @@ None, default="ewc"
         inputs = self._check_inputs(X)
         classes = check_classes(y, len(inputs), self.backbone_)
         outputs = PassOutputs(self._front(), inputs, self.max_cache_bytes)
-        for _ in outputs.keep(self._run(outputs.task, inputs, False)):
+        for _ in outputs.keep(self._run(outputs.front, inputs, False)):
             pass
         return outputs, classes
 
@@ -518,16 +518,16 @@ None, default="ewc"
         features = [initial] if "step0" in versions else []
         trained = {name: v for name, v in versions.items() if name != "step0"}
         if trained:
-            self._use(trained)
+            self._set_versions(trained)
             again = outputs.unchanged(chunks(rows, self.batch_size))
             features.append(self._gather(self._embed(again), len(initial)))
-        self._use(versions)
+        self._set_versions(versions)
         together = np.hstack(features)
         before, after = initial[rows[held_out]], together[rows[held_out]]
-        self._watch(self._psi(before), self._by_version(after)[-1])
+        self._warn_of_collapse(self._psi(before), self._by_version(after)[-1])
         return together
 
-    def _watch(self, before: NDArray[Any], after: NDArray[Any]) -> None:
+    def _warn_of_collapse(self, before: NDArray[Any], after: NDArray[Any]) -> None:
         """Warn if held-out features have fallen on one point."""
         left = after.var(axis=0).sum() / max(before.var(axis=0).sum(), 1e-30)
         if left < COLLAPSED and self._logit is None:

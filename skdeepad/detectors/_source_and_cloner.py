@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backbones import Backbone
 from ..backbones._backbone import probes
+from ..inference import PassOutputs
+from ..inputs import chunks
 from ..objectives import direction_loss, value_loss
 
-SHARE = 3 / 16  # of the sides of a map: the window that residuals are averaged over
-LARGEST = 1 / 20  # of a map's positions: those that an image is scored by
+WINDOW_SHARE = (
+    3 / 16
+)  # of the sides of a map: the window that residuals are averaged over
+TOP_SHARE = 1 / 20  # of a map's positions: those that an image is scored by
+MIN_VARIANCE = 0.01  # of a stage's mean: channels that vary less are not blown up
 Pairs = dict[str, tuple[Tensor, Tensor]]  # of the source and the cloner, by stage
-TINY = 1e-12  # an energy: places where neither network says anything
+MIN_ENERGY = 1e-12  # an energy: places where neither network says anything
 
 
 class SourceAndCloner(Backbone):
@@ -97,7 +105,7 @@ class SourceAndCloner(Backbone):
         if not self.scored:
             return torch.cat([losses(*pair) for pair in pairs.values()], dim=1)
         values = self.residual_map(pairs).flatten(1)
-        largest = values.topk(max(1, round(LARGEST * values.shape[1])))
+        largest = values.topk(max(1, round(TOP_SHARE * values.shape[1])))
         return largest.values.mean(dim=1, keepdim=True)
 
     def probe(self) -> list[Tensor]:
@@ -169,8 +177,8 @@ def residuals(source: Tensor, cloner: Tensor) -> Tensor:
     if source.ndim == 2:
         source, cloner = source[..., None, None], cloner[..., None, None]
     energy = (source.square() + cloner.square()).mean(dim=1, keepdim=True)
-    apart = (source - cloner) / energy.clamp(min=TINY).sqrt()
-    window = [round(side * SHARE) // 2 * 2 + 1 for side in apart.shape[2:]]
+    apart = (source - cloner) / energy.clamp(min=MIN_ENERGY).sqrt()
+    window = [round(side * WINDOW_SHARE) // 2 * 2 + 1 for side in apart.shape[2:]]
     return F.avg_pool2d(apart, window, 1, [side // 2 for side in window])
 
 
@@ -207,3 +215,96 @@ def sum_maps(maps: list[Tensor], size: Any) -> Tensor:
     """Bring maps, each of shape (n_samples, height, width), to one size; add them."""
     resized = [F.interpolate(m[:, None], size=size, mode="bilinear") for m in maps]
     return torch.cat(resized, dim=1).sum(dim=1)
+
+
+def paired(
+    network: SourceAndCloner, outputs: PassOutputs, batches: Iterable[NDArray[np.intp]]
+) -> Iterator[Pairs]:
+    """Give each stage's activations in both networks, for one batch after the other."""
+    front = outputs.front
+    mixed = front.dtype == torch.bfloat16
+    for _, inputs in outputs.batches(batches):
+        with torch.autocast(front.device.type, torch.bfloat16, enabled=mixed):
+            pairs = network.pairs(*inputs)
+        yield pairs
+
+
+def channel_scales(
+    averages: NDArray[np.float32], widths: list[int], standardize: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Give the mean and the scale of each stage's channels over the training images.
+
+    Parameters
+    ----------
+    averages : ndarray of float32, shape (n_samples, 2, n_channels)
+        Each image's mean, and mean square, of the channels of all stages.
+    widths : list of int
+        How many channels each stage has.
+    standardize : bool
+        False: means are 0, and scales are 1.
+    """
+    average = torch.from_numpy(averages.mean(axis=0, dtype=np.float64))
+    means, scales = [], []
+    for mean, square in zip(*(m.split(widths) for m in average), strict=True):
+        variance = (square - mean**2).clamp(min=0)
+        variance = variance.clamp(min=MIN_VARIANCE * float(variance.mean()))
+        varies = standardize and float(variance.max()) > 0
+        means.append(mean.float() if varies else torch.zeros(len(mean)))
+        scales.append(variance.sqrt().float() if varies else torch.ones(len(mean)))
+    return means, scales
+
+
+def learn_precisions(
+    network: SourceAndCloner,
+    scored: tuple[str, ...],
+    outputs: PassOutputs,
+    rows: NDArray[np.intp],
+) -> None:
+    """Learn how residuals of normal images vary, at each stage that is scored."""
+    network.to(outputs.front.device)
+    covariances: list[Any] = [0.0] * len(scored)
+    with torch.no_grad():
+        for pairs in paired(network, outputs, chunks(rows, outputs.front.batch_size)):
+            for k, name in enumerate(scored):
+                flat = residuals(*pairs[name]).transpose(0, 1).flatten(1)
+                share = len(pairs[name][0]) / len(rows) / flat.shape[1]
+                covariances[k] += share * (flat @ flat.T).double().cpu()
+    for covariance in covariances:
+        n_channels = len(covariance)
+        ridge = MIN_VARIANCE * covariance.trace() / n_channels
+        covariance += ridge.clamp(min=MIN_ENERGY) * torch.eye(n_channels)
+        precision = torch.linalg.inv(covariance).float()
+        network.precisions.append(nn.Parameter(precision, requires_grad=False))
+    network.scored = scored
+    network.frozen().cpu()
+
+
+def checked_cloner(
+    cloner: nn.Module, stages: tuple[str, ...], shapes: list[tuple[int, ...]]
+) -> nn.Module:
+    """Copy a cloner that the user gives, and check the shapes of what it gives.
+
+    Parameters
+    ----------
+    cloner : torch.nn.Module
+    stages : tuple of str
+        The stages whose activations it gives.
+    shapes : list of tuple of int
+        The shape of an image, then those of the stages' activations.
+    """
+    cloner = copy.deepcopy(cloner).float().requires_grad_(True).eval()
+    image, *expected = map(tuple, shapes)
+    try:
+        with torch.inference_mode():
+            outputs = in_order(cloner(torch.zeros(2, *image)), stages)
+        given = [tuple(output.shape[1:]) for output in outputs]
+    except (RuntimeError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"cloner fails on images of shape {image}: {error!r}."
+        ) from error
+    if given != expected:
+        raise ValueError(
+            f"cloner gives activations of shapes {given}, but the stages "
+            f"{', '.join(stages)} of the source have {expected}."
+        )
+    return cloner

@@ -18,6 +18,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_y
 from torch import Tensor, nn
 
+from ..augmentation import EachImage, paper_augmentation
 from ..backbones import Backbone
 from ..backbones._backbone import pool, probes
 from ..backbones._decoder import make_decoder
@@ -37,9 +38,9 @@ from ._base import (
     hold_out,
 )
 
-DECAY = 0.1  # of the learning rate at a milestone
-SPREAD = 1e-4  # of scores, relative to their size: less is none
-N_LOOKED_AT = 256  # columns of a row, to know near copies by
+MILESTONE_DECAY = 0.1  # of the learning rate at a milestone
+MIN_SPREAD = 1e-4  # of scores, relative to their size: less is none
+MAX_COMPARED = 256  # columns of a row, to know near copies by
 
 
 class TrainedEnd(Backbone):
@@ -129,8 +130,8 @@ class FirstPass(NamedTuple):
 class ObjectiveDetector(TrainedDetector):
     """Base of the detectors that train a network under an objective of its outputs.
 
-    A subclass defines `fit`, which calls `_cut`, `_pass_once` and `_train`, and
-    ``_score(outputs)``.
+    A subclass defines `_learn`, which calls `_split_network`, `_run_front` and
+    `_train`, and ``_score(outputs)``.
 
     Parameters
     ----------
@@ -169,7 +170,7 @@ class ObjectiveDetector(TrainedDetector):
         "augmentation": [StrOptions({"paper"}), callable, None],
     }
 
-    def _cut(
+    def _split_network(
         self,
         inputs: Vectors,
         trained: tuple[str, ...],
@@ -213,18 +214,18 @@ class ObjectiveDetector(TrainedDetector):
             raise ValueError("augmentation is for images; X holds vectors.")
         if self.augmentation == "paper":
             return paper_augmentation(self.image_size_, seed)
-        return Augmentation(self.augmentation, seed)
+        return EachImage(self.augmentation, seed)
 
-    def _pass_once(self, outputs: PassOutputs) -> FirstPass:
+    def _run_front(self, outputs: PassOutputs) -> FirstPass:
         """Pass all samples through the frozen stages."""
         n, n_columns = len(outputs.inputs), self._network.in_channels or 0
-        some = slice(None, None, max(1, n_columns // N_LOOKED_AT))
+        some = slice(None, None, max(1, n_columns // MAX_COMPARED))
         seen = FirstPass(
             np.zeros(n, dtype=bool),
             np.zeros((n, len(range(n_columns)[some])), dtype=np.float32),
             np.zeros(n, dtype=np.uint64),
         )
-        batches = self._run(outputs.task, outputs.inputs, fitting=False)
+        batches = self._run(outputs.front, outputs.inputs, fitting=False)
         for index, arrays in outputs.keep(batches):
             rows = flat(arrays)
             seen.readable[index] = True
@@ -281,7 +282,9 @@ class ObjectiveDetector(TrainedDetector):
                 "in (0, 1)."
             )
         steps = sorted({round(m * n_steps) for m in self.milestones})
-        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, steps, DECAY)
+        schedule = torch.optim.lr_scheduler.MultiStepLR(
+            optimizer, steps, MILESTONE_DECAY
+        )
         curve = []
         for loss in self._take_steps(optimizer, losses, n_steps, draw_seed(rng)):
             curve.append(loss)
@@ -299,12 +302,12 @@ class ObjectiveDetector(TrainedDetector):
                 unit=pixels and not backbone.vectors,
             )
 
-    def _settle(self) -> None:
+    def _freeze_network(self) -> None:
         """Use the network as it is now."""
         self._network.frozen().cpu()
         self._widths = [output.shape[1] for output in self._network.probe()]
 
-    def _settled_outputs(
+    def _scored_outputs(
         self, outputs: PassOutputs, index: NDArray[np.intp]
     ) -> NDArray[np.float32]:
         """Give what the settled network makes of training samples, as in scoring."""
@@ -323,7 +326,7 @@ class ObjectiveDetector(TrainedDetector):
 
     def _warn_of_collapse(self, scores: NDArray[np.float64]) -> None:
         """Warn if all images have one score."""
-        if np.ptp(scores) <= SPREAD * np.abs(scores).max():
+        if np.ptp(scores) <= MIN_SPREAD * np.abs(scores).max():
             warnings.warn(
                 "The network has collapsed: it gives all images the same score. Lower "
                 "learning_rate or max_steps; see that X is scaled, and not constant.",
@@ -396,67 +399,3 @@ class FineTunedDetector(ObjectiveDetector):
         check_classification_targets(labels)
         check_consistent_length(labels, np.empty(n))
         return np.unique(labels, return_inverse=True)
-
-
-class Augmentation:
-    """Change each image of a batch by a function that draws from torch's stream.
-
-    Parameters
-    ----------
-    change : callable
-        One image -> one image, of shape (channels, height, width).
-    seed : int
-        Starts a stream of its own; the global one is left alone.
-    """
-
-    def __init__(self, change: Callable[[Tensor], Tensor], seed: int) -> None:
-        self.change = change
-        self.draws = OwnDraws(seed)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Change each image of a batch by a draw of its own."""
-        with self.draws:
-            changed = torch.stack([self.change(image) for image in images])
-        if changed.shape != images.shape:
-            raise ValueError(
-                f"augmentation turns images of shape {tuple(images.shape[1:])} into "
-                f"{tuple(changed.shape[1:])}; the shape is to stay."
-            )
-        return changed.float().clamp(0, 1)
-
-
-def paper_augmentation(size: tuple[int, int], seed: int) -> Callable[[Tensor], Tensor]:
-    """Give what Ruff et al. (2020) do to batches of images of CIFAR-10.
-
-    Colours changed by up to 1 %, mirrored half of the time, cropped at random after
-    padding by an eighth of the size, and noise of standard deviation 0.001.
-    """
-    from torchvision.transforms.v2 import functional as tv
-
-    # `Augmentation` of torchvision's transforms does the same in twice the time
-    own: Any = {"generator": torch.Generator().manual_seed(seed)}
-    colours: list[Callable[[Tensor, float], Tensor]] = [
-        tv.adjust_brightness,
-        tv.adjust_contrast,
-        tv.adjust_saturation,
-        tv.adjust_hue,
-    ]
-    margins = [side // 8 for side in size]
-
-    def change(image: Tensor) -> Tensor:
-        order = torch.randperm(len(colours), **own).tolist()
-        around = (1.0, 1.0, 1.0, 0.0)
-        by = [float(torch.empty(1).uniform_(m - 0.01, m + 0.01, **own)) for m in around]
-        for i in order:
-            image = colours[i](image, by[i])
-        if torch.rand(1, **own) < 0.5:
-            image = tv.horizontal_flip(image)
-        image = tv.pad(image, margins[::-1])
-        top, left = (int(torch.randint(2 * m + 1, (), **own)) for m in margins)
-        image = tv.crop(image, top, left, *size)
-        return image + 0.001 * torch.randn(image.shape, **own)
-
-    def augment(images: Tensor) -> Tensor:
-        return torch.stack([change(image) for image in images]).clamp(0, 1)
-
-    return augment

@@ -23,7 +23,7 @@ BLOCK = 1024  # rows that are worked on at a time, so that memory stays bounded
 N_INSPECTED = 256  # rows whose neighbours are inspected for near copies
 LEAP = 10  # from one neighbour to the next: a near copy's distance to others'
 # squares of float32 (clusters) and fourth powers of float64 (shrinkage) stay finite
-LARGEST = {"float32": 1e18, "float64": 1e70}
+MAX_MAGNITUDE = {"float32": 1e18, "float64": 1e70}
 MAX_COPIED = 0.2  # share of rows with copies from which on a warning is due
 
 
@@ -218,7 +218,7 @@ class Scorer(AnomalyDetector):
 
     def _checked(self, X: Any, reset: bool) -> NDArray[Any]:
         rows = check_rows(self, X, dtype=FLOATS, reset=reset)
-        return check_magnitude(rows, LARGEST[rows.dtype.name])
+        return check_magnitude(rows, MAX_MAGNITUDE[rows.dtype.name])
 
     def _training_rows(
         self, X: Any, y: ArrayLike | None, groups: ArrayLike | None, reset: bool
