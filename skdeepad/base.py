@@ -130,13 +130,7 @@ def known_normal(y: ArrayLike | None, n_samples: int) -> NDArray[np.bool_]:
 
 
 def check_groups(groups: ArrayLike | None, n_samples: int) -> NDArray[Any] | None:
-    """Check what tells which samples belong together.
-
-    Raises
-    ------
-    ValueError
-        If groups has another length than X.
-    """
+    """Check what tells which samples belong together; number the groups."""
     if groups is None:
         return None
     _, numbers = np.unique(column_or_1d(groups), return_inverse=True)
@@ -147,22 +141,11 @@ def check_groups(groups: ArrayLike | None, n_samples: int) -> NDArray[Any] | Non
 def threshold_below(scores: NDArray[np.float64], share: float) -> float:
     """Give the threshold below which this share of new scores is expected to fall.
 
-    A new score falls below the k-th of n exchangeable ones with probability
-    ``k / (n + 1)``. Between two of them the threshold is interpolated, but kept away
-    from both by a twentieth of their distance, so that rounding never decides; scores
-    that are tied but for rounding all stay above it.
-
-    Parameters
-    ----------
-    scores : ndarray of float64, shape (n,)
-        Scores of samples that did not train on themselves.
-    share : float
-        In (0, 1).
-
-    Returns
-    -------
-    float
-        Equal to none of the scores.
+    The scores are of samples that did not train on themselves. A new score falls below
+    the k-th of n exchangeable ones with probability ``k / (n + 1)``. Between two of
+    them the threshold is interpolated, but kept away from both by a twentieth of their
+    distance, so that rounding never decides; scores that are tied but for rounding all
+    stay above it. It equals none of the scores.
     """
     ordered = np.sort(scores)
     sizes = np.maximum(np.abs(ordered), np.median(np.abs(ordered)))

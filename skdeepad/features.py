@@ -400,13 +400,6 @@ class BackboneFeatures(TransformerMixin, BackboneEstimator):
     def fit_transform(self, X: Any, y: ArrayLike | None = None) -> NDArray[np.float32]:
         """Fit, and give the features of the same samples.
 
-        Parameters
-        ----------
-        X : array-like or sequence of paths
-            Samples, in any form that `fit` takes.
-        y : ignored
-            For scikit-learn's pipelines.
-
         Returns
         -------
         ndarray of float32, shape (n_samples, n_features)

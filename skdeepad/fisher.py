@@ -27,17 +27,8 @@ def mean_squared_gradients(
 ) -> list[Tensor]:
     """Average the squared gradient of each sample's loss: PANDA's Eq. 3.
 
-    Parameters
-    ----------
-    parameters : sequence of Tensor
-    losses : iterable of Tensor of shape ()
-        One for each sample: a mini-batch's mean loss would give less, by up to the
-        size of the batch.
-
-    Returns
-    -------
-    list of Tensor
-        One for each parameter, of its shape.
+    There is one loss for each sample: the mean loss of a mini-batch would give less, by
+    up to the size of the batch.
     """
     total = [torch.zeros_like(p) for p in parameters]
     n = 0

@@ -37,17 +37,9 @@ PIXELS_AT_ONCE = 4 * 224**2
 
 
 def resolve_device(device: str) -> torch.device:
-    """Turn a `device` parameter into a device that is there.
+    """Turn a `device` parameter into a device of this machine.
 
-    Raises
-    ------
-    ValueError
-        If the name is no device of torch's, or one that this machine lacks.
-
-    Warns
-    -----
-    UserWarning
-        If joblib's processes share a CUDA device.
+    It warns if processes of joblib share a CUDA device.
     """
     if device == "auto":
         mps = torch.backends.mps.is_available()
@@ -158,13 +150,7 @@ class FeaturePass:
         return shape or ()
 
     def shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Measure what each tap gives for a sample of this shape.
-
-        Raises
-        ------
-        ValueError
-            If the backbone cannot take such samples.
-        """
+        """Measure what each tap gives for a sample of this shape."""
         what = "shapes", type(self), self.taps, shape
         return remember(self.backbone, what, lambda: self._shapes(shape))
 
@@ -189,10 +175,7 @@ class FeaturePass:
     def run(self, values: Tensor) -> Arrays:
         """Give what each tap takes of up to `batch_size` samples.
 
-        Raises
-        ------
-        ValueError
-            If there are more, whose features would depend on how many there are.
+        Of more, features would depend on how many there are: they are an error.
         """
         if len(values) > self.batch_size:
             raise ValueError(
@@ -285,22 +268,8 @@ def run_end(
 ) -> Iterator[Features]:
     """Turn what a frozen front has made of samples into features, by a live end.
 
-    Parameters
-    ----------
-    end : Backbone
-        Called with what the taps of the front have taken, in their order.
-    batches : iterable
-        Positions of some samples, and what the front has made of them.
-    limit : int
-        How many samples the end is given at once, at most.
-    device, dtype : torch.device, torch.dtype
-        As in `FeaturePass`.
-
-    Yields
-    ------
-    index : ndarray of int
-        Positions of some samples.
-    features : ndarray of float32, shape (len(index), n_features)
+    The end is called with the outputs of the front's taps, in their order, for at most
+    `limit` samples at once. Positions of samples and their features are given.
     """
     batches = iter(batches)
     first = next(batches, None)
@@ -321,19 +290,9 @@ def run_end(
 class PassOutputs:
     """What a pass of frozen stages makes of the training samples.
 
-    Computed once and kept in memory where all of it fits, or else computed again
-    each time: the numbers are the same.
-
-    Parameters
-    ----------
-    front : FeaturePass
-        What to compute.
-    inputs : Vectors, Images or ImagePaths
-        The samples.
-    max_bytes : int
-        The bound on what is kept.
-    augment : callable, default=None
-        Changes a batch of samples before it is passed, anew each time, for training.
+    It is computed once and kept in memory where all of it fits in `max_bytes`, or
+    computed again each time: the numbers are the same. `augment` changes the samples of
+    each batch that is trained on, anew each time.
     """
 
     def __init__(
@@ -417,31 +376,12 @@ def regroup(batches: Iterable[Outputs], size: int) -> Iterator[Outputs]:
 def iter_outputs(
     front: FeaturePass, inputs: Vectors, *, on_error: str, cache: Any = None
 ) -> Iterator[Outputs]:
-    """Pass samples through a backbone, batch by batch.
+    """Pass samples through a frozen front, batch by batch.
 
-    Parameters
-    ----------
-    front : FeaturePass
-        What to compute.
-    inputs : Vectors, Images or ImagePaths
-        The samples.
-    on_error : {"raise", "skip"}
-        What to do about image files that cannot be read.
-    cache : StageCache, default=None
-        Where outputs for samples seen before are found, and new ones are put.
-
-    Yields
-    ------
-    index : ndarray of int
-        Positions of some samples. Skipped ones are in no batch.
-    arrays : list of ndarray
-        What each tap takes of them.
-
-    Raises
-    ------
-    ValueError
-        With ``on_error="raise"``, after all files were tried, if some cannot be
-        read; all of them are named.
+    Positions of samples are given, and what each tap takes of them; files that cannot
+    be read are in no batch. With ``on_error="raise"`` they are an error, which names
+    all of them, once all files were tried. The cache holds outputs for samples seen
+    before.
     """
     failed: dict[int, str] = {}
     everything = chunks(np.arange(len(inputs)), front.batch_size)

@@ -36,19 +36,9 @@ class MapPass(FeaturePass):
 
 
 def gradient(score: Score, network: Backbone, x: Tensor) -> Tensor:
-    """How much each pixel adds to the score.
+    """How much each pixel adds to the score: ``sum_channels |d score / d x|``.
 
-    Parameters
-    ----------
-    score : callable
-        Gives the anomaly score of each of a batch, from the network and the batch.
-    network : Backbone
-    x : Tensor of shape (n_samples, channels, height, width)
-
-    Returns
-    -------
-    Tensor of shape (n_samples, height, width)
-        ``sum_channels |d score / d x|``: Eq. 5 of Salehi et al. (2021).
+    Eq. 5 of Salehi et al. (2021), of shape (n_samples, height, width).
     """
     # the pass around is one without gradients, perhaps in lower precision
     with (
@@ -64,16 +54,8 @@ def gradient(score: Score, network: Backbone, x: Tensor) -> Tensor:
 def smoothgrad(score: Score, noise: Tensor, network: Backbone, x: Tensor) -> Tensor:
     """Average `gradient` over noisy copies of the images (Smilkov et al., 2017).
 
-    Parameters
-    ----------
-    score, network, x
-        As in `gradient`.
-    noise : Tensor of shape (n_copies, channels, height, width)
-        What is added; the same for all images, so that no map depends on the others.
-
-    Returns
-    -------
-    Tensor of shape (n_samples, height, width)
+    `noise`, of shape (n_copies, channels, height, width), is added to each image, so
+    that no map depends on the other images.
     """
     maps = [gradient(score, network, x + n) for n in noise.to(x.device)]
     return torch.stack(maps).mean(dim=0)
@@ -117,18 +99,8 @@ def refine(
 ) -> NDArray[np.float32]:
     """Smooth maps, and remove what is smaller than the structuring element.
 
-    Parameters
-    ----------
-    maps : ndarray of float32, shape (n_samples, height, width)
-    sigma : float
-        Standard deviation of the Gaussian filter, in pixels; 0 for none.
-    opening : bool
-        Whether to open maps by the ellipse of 3 x 3 pixels, a cross.
-
-    Returns
-    -------
-    ndarray of float32, shape (n_samples, height, width)
-        ``(M - B) + B`` of ``M = g_sigma(map)``: Eq. 6 of Salehi et al. (2021).
+    ``(M - B) + B`` of ``M = g_sigma(map)``: Eq. 6 of Salehi et al. (2021), with the
+    ellipse of 3 x 3 pixels, a cross, for B. `sigma` is in pixels; 0 does not smooth.
     """
     if sigma:
         maps = gaussian_filter(maps, sigma, axes=(1, 2))

@@ -452,19 +452,7 @@ def _brittleness(
 
 
 def gradient_norms(network: Any, x: Tensor) -> Tensor:
-    """Give the norm of the gradient of each stage's loss by the pixels.
-
-    Parameters
-    ----------
-    network : SourceAndCloner
-        Teacher and student.
-    x : Tensor of shape (n_samples, ...)
-        Images in [0, 1], or vectors.
-
-    Returns
-    -------
-    Tensor of shape (n_samples, n_stages)
-    """
+    """Give the norm of each stage's gradient by the pixels: (n_samples, n_stages)."""
     norms = []
     # the pass around is one without gradients
     with torch.inference_mode(False), torch.enable_grad():

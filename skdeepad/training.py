@@ -20,26 +20,10 @@ class DivergedError(ArithmeticError):
 def train(
     optimizer: Optimizer, losses: Iterable[Tensor], *, clip_norm: float | None = None
 ) -> Iterator[float]:
-    """Take one step of the optimizer for each loss.
+    """Take one step of the optimizer for each loss, and give the loss.
 
-    Parameters
-    ----------
-    optimizer : torch.optim.Optimizer
-        Holds the parameters.
-    losses : iterable of Tensor of shape ()
-        One for each mini-batch, computed when its turn comes.
-    clip_norm : float, default=None
-        The norm of the whole gradient is not let above it.
-
-    Yields
-    ------
-    float
-        The loss, once the step is taken.
-
-    Raises
-    ------
-    DivergedError
-        If a loss is not finite; the step is not taken.
+    Losses are computed when their turn comes. `clip_norm` bounds the norm of the whole
+    gradient. A loss that is not finite raises DivergedError, and its step is not taken.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for loss in losses:
@@ -59,19 +43,7 @@ def shuffled_batches(
 ) -> Iterator[NDArray[np.intp]]:
     """Give mini-batches of samples without end, in a new order each epoch.
 
-    Parameters
-    ----------
-    index : ndarray of int
-        The samples.
-    batch_size : int
-        How many are given at once; an epoch's last batch may hold fewer.
-    rng : numpy.random.RandomState
-        Shuffles them.
-
-    Yields
-    ------
-    ndarray of int
-        Some of `index`.
+    An epoch's last batch may be smaller.
     """
     while True:
         order = rng.permutation(index)
@@ -94,20 +66,8 @@ def balanced_batches(
 ) -> Iterator[NDArray[np.intp]]:
     """Give mini-batches of normal samples, each followed by as many outliers.
 
-    Parameters
-    ----------
-    normal, outliers : ndarray of int
-        The samples. Each are shuffled once all of them were given, so that few
-        outliers, or one, come over and over.
-    batch_size : int
-        How many normal samples are given at once.
-    rng : numpy.random.RandomState
-        Shuffles them.
-
-    Yields
-    ------
-    ndarray of int
-        Some of `normal`, then some of `outliers` (if there are any), and so on.
+    Both are shuffled once all of them were given, so that few outliers, or one, come
+    over and over. Without outliers there are only normal samples.
     """
     each = shuffled_batches(outliers, 1, rng)
     for batch in shuffled_batches(normal, batch_size, rng):

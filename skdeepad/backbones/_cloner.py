@@ -17,14 +17,9 @@ MAX_LAYERS = 3  # layers in a block; VGG's have no more
 
 
 class Cloner(nn.Module):
-    """Blocks in a row, one for each stage of a backbone; some are tapped.
+    """Blocks in a row, one for each stage of a backbone.
 
-    Parameters
-    ----------
-    blocks : mapping of str to torch.nn.Module
-        The blocks, by the names of the stages.
-    stages : sequence of str
-        The stages whose blocks' outputs are given.
+    The outputs of the blocks that `stages` names are given.
     """
 
     _saved: ClassVar[dict[str, Any]] = {}
@@ -55,33 +50,24 @@ def make_cloner(
     """Make a bias-free network whose blocks imitate a backbone's stages.
 
     A block has as many 3 x 3 convolutions (or linear layers) as its stage, two or
-    three, with BatchNorm and ReLU between them; where the stage makes maps smaller,
-    so does its first convolution, or the max-pooling that the stage ends in. For a
-    VGG-16 this is the network of Salehi et al. (2021), layer for layer.
+    three, with BatchNorm and ReLU between them; where the stage makes maps smaller, so
+    does its first convolution, or the max-pooling that the stage ends in. For a VGG-16
+    this is the network of Salehi et al. (2021), layer for layer. Weights are drawn from
+    torch's global stream (Xavier, uniform).
 
     Parameters
     ----------
     source : Backbone
         The network to imitate.
     stages : tuple of str
-        Its stages that are compared, in their order.
+        The stages that are compared, in their order.
     shape : tuple of int
         The shape of one sample.
     compact : bool
-        Whether layers that are not compared have 16 channels, and not as many as
+        Whether layers that are not compared have 16 channels instead of as many as
         their stage.
     signed : bool
-        Whether compared outputs may be negative, even where the stage's are not.
-
-    Returns
-    -------
-    Cloner
-        With weights drawn from torch's global stream (Xavier, uniform).
-
-    Raises
-    ------
-    ValueError
-        If a stage's output is neither maps nor vectors.
+        Whether compared outputs may be negative even where the stage's are not.
     """
     names = source.stage_names[: source.stage_names.index(stages[-1]) + 1]
     with torch.inference_mode():

@@ -15,23 +15,11 @@ def make_decoder(
 ) -> nn.Sequential:
     """Mirror stages: for each a layer that goes from its output to its input.
 
-    Maps are brought to the larger size by repetition, and convolved (transposed, 5 x
-    5); vectors are multiplied. BatchNorm and leaky ReLU come between, nothing has a
-    bias: for the LeNets, the decoders of the official code of Deep SVDD.
-
-    Parameters
-    ----------
-    stages : iterable of torch.nn.Module
-        The encoder.
-    shape : tuple of int
-        The shape of one of its inputs.
-    unit : bool
-        Whether inputs lie in [0, 1]: a sigmoid then ends the decoder.
-
-    Returns
-    -------
-    torch.nn.Sequential
-        With weights drawn from torch's global stream (Xavier, uniform).
+    Maps are enlarged by repetition, and convolved (transposed, 5 x 5); vectors are
+    multiplied. BatchNorm and leaky ReLU come between, nothing has a bias: for the
+    LeNets, the decoders of the official code of Deep SVDD. `shape` is that of one
+    input, and `unit` tells whether it lies in [0, 1]: a sigmoid then ends the decoder.
+    Weights are drawn from torch's global stream (Xavier, uniform).
     """
     shapes = [tuple(shape)]
     x = torch.zeros(2, *shape)

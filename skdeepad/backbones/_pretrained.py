@@ -153,15 +153,7 @@ def _missing(name: str, remedy: str) -> FileNotFoundError:
 
 
 def load_weights(net: nn.Module, path: Path) -> None:
-    """Load a state dict; it is read without running any code of the file.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If the file is no state dict, or its keys or shapes are another network's.
-    """
+    """Load a state dict; it is read without running any code of the file."""
     state = read_tensors(path, "weights")
     target = net.state_dict()
     if _is_original_lite(state, target):
@@ -190,12 +182,7 @@ def load_weights(net: nn.Module, path: Path) -> None:
 def read_tensors(path: Path, parameter: str) -> Mapping[str, Tensor]:
     """Read names and tensors from a file, without running any code of it.
 
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If the file holds something else; the message names the parameter.
+    Errors name the parameter.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{parameter}={str(path)!r}: there is no such file.")

@@ -239,24 +239,8 @@ def find_related(
 ) -> NDArray[Any]:
     """Tell which training images belong together: as given, or exact copies.
 
-    Parameters
-    ----------
-    groups : ndarray of shape (n,) or None
-        What the user says.
-    rows : ndarray of shape (n, n_features)
-        Something of each image, to find near copies by.
-    digests : ndarray of uint64, shape (n,)
-        Of the images' content.
-
-    Returns
-    -------
-    ndarray of shape (n,)
-        The same number for images that belong together.
-
-    Raises
-    ------
-    ValueError
-        If all images are of one group.
+    `rows` holds something of each image, by which near copies are found, and `digests`
+    its content. Images that belong together have the same number.
     """
     if groups is None:
         warn_of_copies(rows, digests)
@@ -274,21 +258,10 @@ def find_related(
 def hold_out(
     related: NDArray[Any], fraction: float, rng: np.random.RandomState
 ) -> NDArray[np.bool_]:
-    """Choose the images that are not trained on.
+    """Choose the images that are not trained on: a fraction of them.
 
-    Parameters
-    ----------
-    related : ndarray of shape (n,)
-        The same number for images that belong together: all of them are held out, or
-        none.
-    fraction : float
-        The share to hold out; at least 40 images, or a third of fewer than 120.
-    rng : numpy.random.RandomState
-        Chooses them.
-
-    Returns
-    -------
-    ndarray of bool, shape (n,)
+    There are at least 40, or a third of fewer than 120. Of those that are `related`,
+    which have the same number, all are held out, or none.
     """
     n = len(related)
     n_held_out = max(int(np.ceil(fraction * n)), min(MIN_HELD_OUT, n // 3))

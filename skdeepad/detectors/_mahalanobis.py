@@ -135,13 +135,6 @@ estimator, default="ledoit_wolf"
         Means and covariances come out as if all parts had been fitted at once. A
         bounded sample of 1,024 images' features is kept to set the threshold by.
 
-        Parameters
-        ----------
-        X : array-like or sequence of paths
-            Images, in any form that `fit` takes.
-        y : array-like of shape (n_samples,), default=None
-            +1 for normal images, -1 for known anomalies, which are left out.
-
         Returns
         -------
         MahalanobisFeatureScorer

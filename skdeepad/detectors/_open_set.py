@@ -487,13 +487,6 @@ default="max_logit"
         Outlier detectors of scikit-learn give +1 and -1 here; classifiers have no such
         method.
 
-        Parameters
-        ----------
-        X : array-like or sequence of paths
-            Images, in any form that `fit` takes.
-        y : array-like of shape (n_samples,)
-            Their classes, as in `fit`.
-
         Returns
         -------
         ndarray of int, shape (n_samples,)

@@ -165,14 +165,6 @@ def residuals(source: Tensor, cloner: Tensor) -> Tensor:
     contrast does not count for itself. Noise of normal textures averages out; what a
     defect makes does not. Beyond the border there is nothing, and networks that see
     nothing there err more: it counts as 0.
-
-    Parameters
-    ----------
-    source, cloner : Tensor of shape (n_samples, n_channels, ...)
-
-    Returns
-    -------
-    Tensor of shape (n_samples, n_channels, height, width)
     """
     if source.ndim == 2:
         source, cloner = source[..., None, None], cloner[..., None, None]
@@ -234,14 +226,8 @@ def channel_scales(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Give the mean and the scale of each stage's channels over the training images.
 
-    Parameters
-    ----------
-    averages : ndarray of float32, shape (n_samples, 2, n_channels)
-        Each image's mean, and mean square, of the channels of all stages.
-    widths : list of int
-        How many channels each stage has.
-    standardize : bool
-        False: means are 0, and scales are 1.
+    `averages`, of shape (n_samples, 2, n_channels), holds each image's mean, and mean
+    square, of the channels of all stages, which have these `widths`.
     """
     average = torch.from_numpy(averages.mean(axis=0, dtype=np.float64))
     means, scales = [], []
@@ -284,13 +270,7 @@ def checked_cloner(
 ) -> nn.Module:
     """Copy a cloner that the user gives, and check the shapes of what it gives.
 
-    Parameters
-    ----------
-    cloner : torch.nn.Module
-    stages : tuple of str
-        The stages whose activations it gives.
-    shapes : list of tuple of int
-        The shape of an image, then those of the stages' activations.
+    `shapes` are those of an image and of the stages' activations.
     """
     cloner = copy.deepcopy(cloner).float().requires_grad_(True).eval()
     image, *expected = map(tuple, shapes)

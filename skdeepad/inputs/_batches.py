@@ -35,22 +35,9 @@ def load_batches(
 ) -> Iterator[Batch]:
     """Load one batch of samples after the other.
 
-    Parameters
-    ----------
-    inputs : Vectors, Images or ImagePaths
-        The samples.
-    indices : iterable of ndarray of int
-        The positions of each batch's samples.
-    size : (int, int) or None
-        Height and width that images are resized to.
-    channels : int or None
-        Channels that images are brought to.
-
-    Yields
-    ------
-    Batch
-        Vectors as they are; images in [0, 1]. Unreadable files are left out of
-        `index` and named in `failed`.
+    `size` and `channels` are what images are brought to (None: left as they are).
+    Vectors stay as they are; images are in [0, 1]. Files that cannot be read are left
+    out of a batch's `index`, and named in `failed`.
     """
     if not isinstance(inputs, ImagePaths):
         for index in indices:

@@ -110,25 +110,9 @@ class ClassGaussianScorer(Scorer):
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
-            Training samples.
         y : array-like of int, shape (n_samples,), default=None
             Classes of normal samples, 0 at least, and -1 for known anomalies, which
             are left out. None, or numbers that are no classes: one class.
-        groups : array-like of shape (n_samples,), default=None
-            What each sample belongs to, such as a part or a video: the threshold is
-            set by scores for which the sample's whole group is left out. None:
-            samples are unrelated, but exact copies, which are left out together.
-
-        Returns
-        -------
-        ClassGaussianScorer
-            The fitted scorer itself.
-
-        Raises
-        ------
-        ValueError
-            If X is not a finite numeric matrix, or holds too few normal samples.
         """
         labels = class_numbers(y, _num_samples(X))
         anomalies_or_not = np.where(labels < 0, -1, 1)

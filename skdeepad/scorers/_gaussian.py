@@ -301,13 +301,6 @@ estimator, default="ledoit_wolf"
         once. A bounded sample of 1,024 rows is kept to set the threshold by, and
         only these rows have leave-one-out scores.
 
-        Parameters
-        ----------
-        X : array-like of shape (n_samples, n_features)
-            Training samples.
-        y : array-like of shape (n_samples,), default=None
-            +1 for normal samples, -1 for known anomalies, which are left out.
-
         Returns
         -------
         GaussianScorer

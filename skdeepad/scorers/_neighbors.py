@@ -28,30 +28,18 @@ def nearest(
 ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
     """Find the k nearest rows of each query, exhaustively.
 
-    ``|q - g|^2 + c (q'(q - g))^2`` is what is smallest, with c the query's `leverage`.
-    Candidates are found in float32 and measured in float64. Where the bound on
-    float32's error leaves it open whether they hold all of the nearest, they are
-    looked for again in float64.
-
-    Parameters
-    ----------
-    queries : ndarray of shape (n_queries, n_features)
-        As the rows, about centred and of a scale that float32 can square.
-    rows : ndarray of shape (n_rows, n_features)
-        What is searched.
-    k : int
-        How many are wanted.
-    itself : ndarray of int, shape (n_queries,), default=None
-        Which of the rows each query is: it is not its own neighbour.
-    leverage : ndarray of shape (n_queries,), default=None
-        What leaving a query out adds to the metric; None: nothing.
+    ``|q - g|^2 + c (q'(q - g))^2`` is minimized, with c the query's `leverage` (None:
+    0). `itself` tells which row each query is: it is not its own neighbour. Rows are
+    about centred, and of a scale that float32 can square: candidates are found in
+    float32 and measured in float64. Where the bound on float32's error leaves open
+    whether they include all of the nearest, they are searched again in float64.
 
     Returns
     -------
     index : ndarray of int, shape (n_queries, min(k, n_others))
-        The nearest rows, from the nearest on.
+        The nearest rows, the nearest first.
     squared : ndarray of float64, of the same shape
-        How far they are.
+        Their distances.
     """
     others = len(rows) - (itself is not None)
     wanted, n_candidates = min(k, others), min(k + MARGIN, others)
