@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backbones._backbone import pool
+from ..backbones._pretrained import read_tensors
 from ..base import draw_seed
 from ..fisher import mean_squared_gradients, sampled_loss
 from ..inference import PassOutputs
@@ -99,6 +101,22 @@ class Adaptation:
             for _, (x,) in self.outputs.batches(chunks(chosen, 1))
         )
         return mean_squared_gradients(list(self.trained.values()), losses)
+
+    def given_fisher(self, given: str | Path | Mapping[str, Any]) -> list[Tensor]:
+        """Look up the Fisher diagonal of the trained weights in what the user gives."""
+        if not isinstance(given, Mapping):
+            given = read_tensors(Path(given), "fisher")
+        found = []
+        for name, parameter in self.trained.items():
+            values = given.get(f"stages.{name}")
+            if values is None or np.shape(values) != parameter.shape:
+                raise ValueError(
+                    f"fisher has no values of shape {tuple(parameter.shape)} for the "
+                    f"weight 'stages.{name}'. Compute it for this backbone by "
+                    "skdeepad.fisher.fisher_diagonal."
+                )
+            found.append(torch.as_tensor(values, dtype=torch.float32))
+        return [values.to(self.device) for values in found]
 
     def ewc(
         self, fisher: list[Tensor], ewc_lambda: float, learning_rate: float

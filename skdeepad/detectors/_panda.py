@@ -26,7 +26,6 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from torch import Tensor, nn
 
 from ..backbones._backbone import Adapted, Versions
-from ..backbones._pretrained import read_tensors
 from ..base import (
     draw_seed,
     keep_state_on_error,
@@ -360,7 +359,11 @@ None, default="ewc"
                 pretraining = self._pretraining(X_pretrain, y_pretrain)
                 losses = adaptation.joint(*pretraining, self.joint_alpha)
             elif self.adaptation == "ewc":
-                fisher = self._given_fisher(adaptation) or adaptation.fisher(rng)
+                fisher = (
+                    adaptation.fisher(rng)
+                    if self.fisher is None
+                    else adaptation.given_fisher(self.fisher)
+                )
                 losses = adaptation.ewc(fisher, self.ewc_lambda, self.learning_rate)
             else:
                 losses = adaptation.compactness()
@@ -448,25 +451,6 @@ None, default="ewc"
         for _ in outputs.keep(self._run(outputs.front, inputs, False)):
             pass
         return outputs, classes
-
-    def _given_fisher(self, adaptation: Adaptation) -> list[Tensor] | None:
-        """Look up the Fisher diagonal of the trained weights, if it was given."""
-        given = self.fisher
-        if given is None:
-            return None
-        if not isinstance(given, Mapping):
-            given = read_tensors(Path(given), "fisher")
-        found = []
-        for name, parameter in adaptation.trained.items():
-            values = given.get(f"stages.{name}")
-            if values is None or np.shape(values) != parameter.shape:
-                raise ValueError(
-                    f"fisher has no values of shape {tuple(parameter.shape)} for the "
-                    f"weight 'stages.{name}'; make it with skdeepad.fisher."
-                    "fisher_diagonal for this backbone."
-                )
-            found.append(torch.as_tensor(values, dtype=torch.float32))
-        return [values.to(adaptation.device) for values in found]
 
     def _train(
         self, adaptation: Adaptation, losses: Iterator[Tensor]
