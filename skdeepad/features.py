@@ -45,9 +45,6 @@ except ImportError:  # before scikit-learn 1.9
         """Stand-in: there are no callbacks to support."""
 
 
-BLOCK = 1024  # rows of features that are handed on at a time
-
-
 class BackboneEstimator(ParametersMixin, CallbackSupportMixin, BaseEstimator):
     """Base of every estimator that sees its samples through a backbone.
 
@@ -177,8 +174,8 @@ class BackboneEstimator(ParametersMixin, CallbackSupportMixin, BaseEstimator):
             stages = (given,) if isinstance(given, str) else given
         self.stages_ = self.backbone_.check_stages(stages)
         self._grid = getattr(self, "grid", None)
-        task = self._pass(self._averages())
-        self._widths = [width for (width,) in task.shapes(task.sample_shape(inputs))]
+        front = self._pass(BackboneEstimator._taps(self))
+        self._widths = [width for (width,) in front.shapes(front.sample_shape(inputs))]
         return inputs
 
     def _auto_backbone(self, shape: tuple[int, ...] | None) -> str:
@@ -224,17 +221,17 @@ class BackboneEstimator(ParametersMixin, CallbackSupportMixin, BaseEstimator):
             )
         return inputs
 
-    def _averages(self) -> tuple[Tap, ...]:
-        """Take the average of each of `stages_` over all positions, or over cells."""
-        return tuple(Tap(stage, self._grid or 1) for stage in self.stages_)
-
     def _taps(self) -> tuple[Tap, ...]:
-        """Tell what is taken of the frozen front of the network."""
-        return self._averages()
+        """Tell what is taken of the frozen front: averages over positions, or cells."""
+        return tuple(Tap(stage, self._grid or 1) for stage in self.stages_)
 
     def _end(self) -> Backbone | None:
         """Give the live end of the network, which is called with that."""
         return None
+
+    def _front(self) -> FeaturePass:
+        """Give the pass that samples take through the frozen front."""
+        return self._pass(self._taps())
 
     def _pass(self, taps: tuple[Tap, ...]) -> FeaturePass:
         return FeaturePass(
@@ -246,17 +243,13 @@ class BackboneEstimator(ParametersMixin, CallbackSupportMixin, BaseEstimator):
             self._dtype,
         )
 
-    def _front(self) -> FeaturePass:
-        """Give the pass that samples to be scored take through the front."""
-        return self._pass(self._taps())
-
-    def _run(self, task: FeaturePass, inputs: Vectors, fitting: bool) -> Iterator[Any]:
+    def _run(self, front: FeaturePass, inputs: Vectors, fitting: bool) -> Iterator[Any]:
         """Pass samples through a front, or find what it has made of them."""
         cache = self.memory
         if cache is not None and not isinstance(cache, RowCache):
             folder = getattr(cache, "location", cache)
             cache = None if folder is None else StageCache(folder)
-        batches = iter_outputs(task, inputs, on_error=self.on_error, cache=cache)
+        batches = iter_outputs(front, inputs, on_error=self.on_error, cache=cache)
         return self._track(batches, len(inputs), fitting)
 
     def _embed(self, outputs: Iterable[Outputs]) -> Iterator[Features]:
@@ -268,30 +261,17 @@ class BackboneEstimator(ParametersMixin, CallbackSupportMixin, BaseEstimator):
         device = resolve_device(self.device)
         return run_end(end, outputs, limit, device, self._end_dtype or self._dtype)
 
-    def _batches(self, inputs: Vectors, fitting: bool) -> Iterator[Features]:
-        """Give positions and features of the samples, batch by batch."""
-        return self._embed(self._run(self._front(), inputs, fitting))
-
     def _features(
         self, inputs: Vectors, *, fitting: bool = False
     ) -> Iterator[Features]:
-        """Give positions and features of the samples, in blocks of rows."""
-        index: list[NDArray[np.intp]] = []
-        block: list[NDArray[np.float32]] = []
-        for rows, features in self._batches(inputs, fitting):
-            index.append(rows)
-            block.append(features)
-            if sum(map(len, index)) >= BLOCK:
-                yield np.concatenate(index), np.concatenate(block)
-                index, block = [], []
-        if index:
-            yield np.concatenate(index), np.concatenate(block)
+        """Give positions and features of the samples, batch by batch."""
+        return self._embed(self._run(self._front(), inputs, fitting))
 
     def _all_features(
         self, inputs: Vectors, *, fitting: bool = False
     ) -> NDArray[np.float32]:
         """Give the features of all samples; NaN for those that were skipped."""
-        return self._gather(self._batches(inputs, fitting), len(inputs))
+        return self._gather(self._features(inputs, fitting=fitting), len(inputs))
 
     def _gather(self, batches: Iterable[Features], n: int) -> NDArray[np.float32]:
         out = np.full((n, sum(self._widths)), np.nan, dtype=np.float32)

@@ -29,6 +29,7 @@ from .inputs import Batch, Vectors, chunks, load_batches
 Arrays = list[NDArray[Any]]  # what each tap takes of some samples
 Outputs = tuple[NDArray[np.intp], Arrays]  # with the positions of those samples
 Features = tuple[NDArray[np.intp], NDArray[np.float32]]
+BLOCK = 1024  # rows of features that are scored at a time
 INPUT = ""  # stands for what the first stage is given; no stage has this name
 # Of images that pass a network on the CPU together, in float32 (twice as many in
 # bfloat16): more outgrow the processor's cache. Four images of 224 x 224, chosen by the
@@ -357,6 +358,12 @@ class PassOutputs:
 def join(parts: list[Arrays]) -> Arrays:
     """Put what a pass gives for several batches behind one another."""
     return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+
+
+def in_blocks(batches: Iterable[Features]) -> Iterator[Features]:
+    """Give features in blocks of `BLOCK` rows, for what is slow on a few."""
+    outputs = ((index, [features]) for index, features in batches)
+    return ((index, features) for index, (features,) in regroup(outputs, BLOCK))
 
 
 def regroup(batches: Iterable[Outputs], size: int) -> Iterator[Outputs]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..base import AnomalyDetector, check_groups, keep_state_on_error, known_normal
 from ..draws import each_with_own_draws
 from ..features import BackboneEstimator
+from ..inference import in_blocks
 from ..inputs import Vectors
 from ..scorers._base import HeldOutScores, copies_together, warn_of_copies
 from ..training import DivergedError, train
@@ -157,7 +158,7 @@ class BackboneDetector(AnomalyDetector, BackboneEstimator):
         inputs = self._check_inputs(X)
         scores = np.full(len(inputs), np.nan)
         held_out = self._held_out
-        for index, features in self._features(inputs):
+        for index, features in in_blocks(self._features(inputs)):
             scores[index] = (
                 held_out.score(features, self._score)
                 if held_out

@@ -29,7 +29,8 @@ from ..base import (
     seeded_clone,
 )
 from ..cache import MemoryCache
-from ..features import BLOCK, BackboneEstimator, BackboneFeatures
+from ..features import BackboneEstimator, BackboneFeatures
+from ..inference import BLOCK
 from ..inputs import Vectors, check_inputs
 from ..scorers import KNNScorer
 from ..scorers._base import HeldOutScores, copies_together

@@ -20,6 +20,7 @@ from sklearn.utils.validation import check_is_fitted
 from ..backbones import Backbone
 from ..base import keep_state_on_error, known_normal
 from ..frozen import fingerprint
+from ..inference import in_blocks
 from ..inputs import Vectors
 from ..scorers import GaussianScorer
 from ..scorers._base import row_digests, warn_of_copies
@@ -261,7 +262,7 @@ estimator, default="ledoit_wolf"
         """
         inputs = self._check_inputs(X)
         white = np.full((len(inputs), self._n_features_out), np.nan)
-        for index, features in self._features(inputs):
+        for index, features in in_blocks(self._features(inputs)):
             stages = [
                 gaussian._whiten(part) for gaussian, part in self._by_part(features)
             ]

@@ -183,7 +183,7 @@ class ObjectiveDetector(TrainedDetector):
         self._frozen_stages = names[:first]
         if trained:
             self.backbone_ = self.backbone_.clone()
-        task = self._pass(self._taps())
+        task = self._front()
         # copied before training sets the modes of modules that both hold
         frozen_copy(self.backbone_, task.device, task.dtype)
         shapes = task.shapes(task.sample_shape(inputs))
@@ -198,7 +198,7 @@ class ObjectiveDetector(TrainedDetector):
         return PassOutputs(task, inputs, self.max_cache_bytes, augment)
 
     def _taps(self) -> tuple[Tap, ...]:
-        frozen = tuple(t for t in self._averages() if t.stage in self._frozen_stages)
+        frozen = tuple(t for t in super()._taps() if t.stage in self._frozen_stages)
         if not self.trained_stages_:
             return frozen
         last = self._frozen_stages[-1] if self._frozen_stages else INPUT
