@@ -62,6 +62,7 @@ _MODULES = frozenset(
         "backbones",
         "datasets",
         "detectors",
+        "extension",
         "fisher",
         "inspection",
         "metrics",

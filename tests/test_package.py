@@ -26,6 +26,7 @@ MODULES = [
     "backbones",
     "datasets",
     "detectors",
+    "extension",
     "fisher",
     "inspection",
     "metrics",
@@ -56,7 +57,7 @@ METHODS = {
 
 # Imports run downwards only: each room stands on rooms of the lines below it.
 HOUSE = [
-    ("persistence", "representation"),
+    ("extension", "persistence", "representation"),
     ("detectors", "inspection"),
     ("features", "fisher", "localization"),
     ("cache", "inference", "scorers"),
