@@ -16,6 +16,7 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 import pytest
+from draw_imports import drawing, imported_rooms, rooms
 from estimators import make
 
 import skdeepad
@@ -99,31 +100,6 @@ def test_imports_wait_until_they_are_needed(statement, absent):
     assert not set(absent.split()) & set(process.stdout.split())
 
 
-def imported_rooms(path):
-    """Name the rooms of the package that a file imports from, anywhere in it."""
-    package = ["skdeepad", *path.relative_to(ROOT).parts[:-1]]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*above, *filter(None, [node.module])])
-            # "from . import room" names rooms, too
-            modules = [f"{module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for module in modules:
-            top, _, rest = module.partition(".")
-            if top == "skdeepad":
-                yield rest.partition(".")[0]
-
-
-def rooms():
-    for path in sorted(ROOT.rglob("*.py")):
-        if path != ROOT / "__init__.py":
-            yield path.relative_to(ROOT).parts[0].removesuffix(".py"), path
-
-
 def test_every_room_has_its_place():
     placed = [room for line in HOUSE + BESIDE[:-2] for room in line]
     assert sorted(placed) == sorted({room for room, _ in rooms()})
@@ -139,6 +115,11 @@ def test_imports_run_downwards(room, path):
             if room in line:
                 below = {other for lower in lines[depth + 1 :] for other in lower}
                 assert set(imported_rooms(path)) <= {room} | below
+
+
+def test_the_drawing_of_imports_is_of_this_code():
+    page = (ROOT.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert drawing() in page
 
 
 # names
