@@ -22,28 +22,15 @@ from scipy.ndimage import gaussian_filter
 from sklearn.base import clone
 from sklearn.utils.estimator_checks import check_estimator
 
-from .augmentation import EachImage
-from .base import draw_seed
-from .detectors._base import BackboneDetector, TrainingSamples
+from .detectors._base import BackboneDetector
 from .detectors._maps import AnomalyMapMixin
 from .detectors._trained import FineTunedDetector
-from .features import BackboneEstimator
-from .inference import PassOutputs, Tap
-from .inputs import Vectors, chunks
 
 __all__ = [
     "AnomalyMapMixin",
     "BackboneDetector",
-    "BackboneEstimator",
-    "EachImage",
     "FineTunedDetector",
-    "PassOutputs",
-    "Tap",
-    "TrainingSamples",
-    "Vectors",
     "check_detector",
-    "chunks",
-    "draw_seed",
 ]
 
 SIDE = 32  # of the images of these checks, in pixels
@@ -69,6 +56,11 @@ def check_detector(estimator: Any, *, scikit_learn: bool = True) -> None:
         network and few steps: it is fitted a hundred times.
     scikit_learn : bool, default=True
         Whether scikit-learn's checks run, too.
+
+    Returns
+    -------
+    None
+        If all checks pass.
 
     Raises
     ------

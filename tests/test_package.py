@@ -44,9 +44,11 @@ NAMES = [
 PUBLIC = {
     name: public
     for module, name in NAMES
-    # scorers, of metrics, are objects without a docstring; errors need no example
+    # scorers, of metrics, are objects without a docstring; errors need no example, and
+    # base classes have docs/extending.md
     if hasattr(public := getattr(import_module(module), name), "__name__")
     and not name.endswith("Error")
+    and (module != "skdeepad.extension" or name == "check_detector")
 }
 ESTIMATORS = {name: public for name, public in PUBLIC.items() if hasattr(public, "fit")}
 METHODS = {
