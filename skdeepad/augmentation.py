@@ -33,8 +33,9 @@ class EachImage:
             changed = torch.stack([self.change(image) for image in images])
         if changed.shape != images.shape:
             raise ValueError(
-                f"augmentation turns images of shape {tuple(images.shape[1:])} into "
-                f"{tuple(changed.shape[1:])}; the shape is to stay."
+                f"augmentation turns images of shape {tuple(images.shape[1:])} "
+                f"into {tuple(changed.shape[1:])}. It must keep the shape: resize "
+                "images by image_size instead."
             )
         return changed.float().clamp(0, 1)
 

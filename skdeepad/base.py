@@ -81,7 +81,7 @@ def numeric_labels(y: ArrayLike, n_samples: int) -> NDArray[np.float64]:
             "for example np.where(y == 'good', 1, -1)."
         ) from None
     if (labels == -1).all():
-        raise ValueError("y labels every row as an anomaly (-1): none is normal.")
+        raise ValueError("y labels every row as an anomaly (-1). Label normal rows +1.")
     return labels
 
 
@@ -223,10 +223,11 @@ class AnomalyDetector(ParametersMixin, OutlierMixin, BaseEstimator):
         if self.contamination * (n + 1) < 1:
             needed = math.ceil(1 / self.contamination - 1)
             warnings.warn(
-                f"contamination={self.contamination} cannot be kept with the held-out "
-                f"scores of {n} training samples: about {100 / (n + 1):.2g} % of new "
-                "normal samples will be flagged. Train on more samples, so that at "
-                f"least {needed} have held-out scores, or raise contamination.",
+                f"contamination={self.contamination} cannot be kept with the "
+                f"held-out scores of {n} training samples: about "
+                f"{100 / (n + 1):.2g} % of new normal samples will be flagged. "
+                f"Train on more samples (at least {needed} need held-out scores), "
+                "or raise contamination.",
                 UserWarning,
                 stacklevel=3,
             )

@@ -38,8 +38,8 @@ def check_magnitude(rows: NDArray[Any], limit: float) -> NDArray[Any]:
     """Refuse numbers that would overflow in what is computed of them."""
     if max(float(rows.max()), -float(rows.min())) > limit:
         raise ValueError(
-            f"X has numbers beyond {limit:.0e} in magnitude, which overflow. Scale X, "
-            "such as by sklearn.preprocessing.MaxAbsScaler."
+            f"X has numbers beyond {limit:g} in magnitude, which overflow. Scale "
+            "X, for example with sklearn.preprocessing.MaxAbsScaler."
         )
     return rows
 
@@ -64,7 +64,7 @@ def plain(X: Any) -> Any:
     items = list(X) if isinstance(X, list | tuple) else []
     if any(np.ma.is_masked(x) for x in (X, *items)):
         raise ValueError(
-            "X is masked in places, and what is masked has no value. Fill it "
+            "X has masked entries, which have no value. Fill them "
             "(X.filled(value)), or leave those samples out."
         )
     if isinstance(X, np.ndarray) and X.ndim == 1 and X.dtype.kind in "OS":
@@ -83,8 +83,8 @@ def refuse_dates(X: Any) -> None:
     dtypes: Any = X.dtypes if hasattr(X, "iloc") else getattr(X, "dtype", None)
     if any(getattr(dtype, "kind", "") in ("m", "M") for dtype in np.atleast_1d(dtypes)):
         raise ValueError(
-            "X holds dates or durations, which are no numbers without a unit. Turn "
-            "them into numbers, such as days: (X - start) / np.timedelta64(1, 'D')."
+            "X holds dates or durations. Convert them to numbers first, for "
+            "example to days: (X - start) / np.timedelta64(1, 'D')."
         )
 
 

@@ -196,8 +196,9 @@ class BackboneEstimator(ParametersMixin, CallbackSupportMixin, BaseEstimator):
             size = self.backbone_.input_size or (shape and shape[1:])
         if size is None:
             raise ValueError(
-                "image_size=None, but neither the backbone nor X tells the size; set "
-                "image_size to the height and width that files are resized to."
+                "image_size=None, but neither the backbone nor X determines the "
+                "size. Set image_size to the height and width to which files are "
+                "resized."
             )
         pair = (size, size) if isinstance(size, Integral) else size
         height, width = check_size("image_size", pair)

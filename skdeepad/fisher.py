@@ -129,7 +129,10 @@ def fisher_diagonal(
     network = load_backbone(backbone, weights=weights).clone().requires_grad_(True)
     head = network.head
     if head is None:
-        raise ValueError(f"backbone={backbone!r} has no head that predicts classes.")
+        raise ValueError(
+            f"backbone={backbone!r} has no head that predicts classes. Choose a "
+            "backbone that was trained as a classifier."
+        )
     inputs = check_inputs(
         BaseEstimator(), X, vectors=False, image_shape=None, reset=True
     )
@@ -140,7 +143,10 @@ def fisher_diagonal(
 
     size: Any = image_size or network.input_size or (inputs.shape and inputs.shape[1:])
     if size is None:
-        raise ValueError("image_size=None, but neither the backbone nor X tells it.")
+        raise ValueError(
+            "image_size=None, but neither the backbone nor X determines it. Set "
+            "image_size."
+        )
 
     def losses() -> Iterator[Tensor]:
         for batch in load_batches(inputs, chunks(chosen, 1), size, network.in_channels):
@@ -175,7 +181,7 @@ def check_classes(y: ArrayLike, n_samples: int, backbone: Backbone) -> Tensor:
     whole = np.issubdtype(classes.dtype, np.integer)
     if not whole or classes.min() < 0 or classes.max() >= n_classes:
         raise ValueError(
-            "The classes of pretraining images are to be whole numbers from 0 on, "
-            f"less than the {n_classes} that the head of the backbone knows."
+            f"y_pretrain must hold integers from 0 to {n_classes - 1}: the classes "
+            "that the backbone's head predicts."
         )
     return torch.from_numpy(classes.astype(np.int64))

@@ -50,12 +50,14 @@ def resolve_device(device: str) -> torch.device:
         torch.empty(0, device=resolved)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
-            f"device={device!r} is not to be had here ({error}); use 'auto' or 'cpu'."
+            f"device={device!r} is not available on this machine ({error}). Use "
+            "'auto' or 'cpu'."
         ) from error
     if resolved.type == "cuda" and current_process().name.startswith("LokyProcess"):
         warnings.warn(
-            "n_jobs starts processes that all use one CUDA device, with the network in "
-            "each: n_jobs=1 is as fast, and takes less of its memory.",
+            "The processes that n_jobs starts all use one CUDA device, each with "
+            "a copy of the network. Set n_jobs=1: it is as fast, and uses less of "
+            "the device's memory.",
             UserWarning,
             stacklevel=2,
         )
@@ -162,8 +164,8 @@ class FeaturePass:
                 return [tuple(output.shape[1:]) for output in outputs]
         except (RuntimeError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"The backbone cannot take samples of shape {shape}: {error}. Check "
-                "image_size, image_shape and the backbone."
+                f"The backbone fails on samples of shape {shape}: {error}. Check "
+                "image_size, image_shape and backbone."
             ) from error
 
     def load(
@@ -348,7 +350,10 @@ class PassOutputs:
     ) -> Iterator[Outputs]:
         for batch in self.front.load(self.inputs, indices):
             if batch.values is None or batch.failed:
-                raise ValueError(f"Files cannot be read any more: {batch.failed}.")
+                raise ValueError(
+                    "Files that could be read at first cannot be read any more: "
+                    f"{batch.failed}."
+                )
             values = change(batch.values) if change else batch.values
             # a mini-batch may hold its samples twice, for BatchNorm
             parts = map(self.front.run, values.split(self.front.batch_size))
@@ -456,6 +461,7 @@ def _report_unreadable(inputs: Any, failed: dict[int, str], on_error: str) -> No
     )
     if on_error == "raise":
         raise ValueError(
-            f"{message} Mend or remove them, or set on_error='skip' to score them NaN."
+            f"{message} Repair or remove them, or set on_error='skip' to give them "
+            "NaN as a score."
         )
     warnings.warn(f"{message} They were skipped.", UserWarning, stacklevel=2)

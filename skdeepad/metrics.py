@@ -286,8 +286,8 @@ def _check_map(given: Any, scored: Any, i: int) -> tuple[NDArray[np.bool_], Any]
         )
     if not np.isfinite(score).all():
         raise ValueError(
-            f"maps[{i}] holds values that are not finite. Leave out images that could "
-            "not be read."
+            f"maps[{i}] holds values that are not finite. Leave out images that "
+            "could not be read."
         )
     return mask > 0, score
 

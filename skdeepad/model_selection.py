@@ -120,8 +120,8 @@ class OneClassKFold(KFold):
         normal, anomalies = np.flatnonzero(~is_anomaly), np.flatnonzero(is_anomaly)
         if normal.size < self.n_splits:
             raise ValueError(
-                f"n_splits={self.n_splits} needs as many normal rows (y == +1), got "
-                f"{normal.size}."
+                f"n_splits={self.n_splits} needs at least as many normal rows (y "
+                f"== +1), got {normal.size}."
             )
         if anomalies.size < self.n_splits:
             shares = [anomalies] * self.n_splits

@@ -227,7 +227,7 @@ def oracle(
     """
     labels = np.asarray(y)
     if set(np.unique(labels).tolist()) != {-1, 1}:
-        raise ValueError("y is to label normal images +1 and anomalies -1: both.")
+        raise ValueError("y must label both normal images (+1) and anomalies (-1).")
     seed = draw_seed(check_random_state(options.get("random_state")))
     _, (known, new), _ = _features([X, X_test], backbone, stages, options)
     found = {}

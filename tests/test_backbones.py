@@ -198,7 +198,7 @@ def test_run_no_further_than_the_last_stage_named():
 
 @pytest.mark.parametrize("stages", [["1", "bogus"], []])
 def test_unknown_stages(stages):
-    with pytest.raises(ValueError, match="the backbone's stages are 0, 1, 2"):
+    with pytest.raises(ValueError, match="has the stages 0, 1, 2"):
         load_backbone(make_convnet).forward_stages(torch.zeros(1, 3, 8, 8), stages)
 
 
@@ -285,7 +285,7 @@ def test_names():
     with pytest.raises(ValueError, match="names are efficientnet_lite0, "):
         load_backbone("resnet19")
     for weights in (None, "default", "download"):
-        with pytest.raises(ValueError, match="not a model of timm's"):
+        with pytest.raises(ValueError, match="not a model of timm"):
             load_backbone("timm/resnet19", weights=weights)
     for wrong in (3, lambda: 3):
         with pytest.raises(TypeError, match="or a function that returns one"):

@@ -154,8 +154,8 @@ def test_members_by_name():
         ({"estimators": [("a__b", KNNScorer())]}, "must not contain __"),
         ({"estimators": [("scale", KNNScorer())]}, "conflict"),
         ({"estimators": MEMBERS, "weights": [1]}, "weights=.* 2 numbers"),
-        ({"estimators": MEMBERS, "weights": [1, -1]}, "none negative"),
-        ({"estimators": MEMBERS, "weights": [0, 0]}, "not all 0"),
+        ({"estimators": MEMBERS, "weights": [1, -1]}, "none of them negative"),
+        ({"estimators": MEMBERS, "weights": [0, 0]}, "not all of them 0"),
     ],
 )
 def test_what_is_no_ensemble(options, told):

@@ -493,7 +493,7 @@ def test_columns_are_forgotten_by_a_fit_to_images(images):
         ({"image_size": (0, 32)}, "image_size"),
         ({"image_size": (32.5, 32)}, "image_size"),
         ({"image_size": ("32", 32)}, "image_size"),
-        ({"image_size": 2, "backbone": tiny_net}, "cannot take samples.*image_size"),
+        ({"image_size": 2, "backbone": tiny_net}, "fails on samples.*image_size"),
         ({"image_shape": (3, 32, 32)}, r"image_shape=\(3, 32, 32\) is expected"),
         ({"batch_size": 0}, "batch_size"),
         ({"precision": "float64"}, "precision"),
@@ -507,13 +507,13 @@ def test_parameters_that_mean_nothing(make, options, message, images):
 
 
 def test_files_have_no_size_to_go_by(images):
-    with pytest.raises(ValueError, match="set image_size"):
+    with pytest.raises(ValueError, match="Set image_size"):
         features(backbone=tiny_net, image_size=None).fit(images["paths"][0])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there(images):
-    with pytest.raises(ValueError, match=r"device='cuda'.*use 'auto' or 'cpu'"):
+    with pytest.raises(ValueError, match=r"device='cuda'.*Use 'auto' or 'cpu'"):
         features(device="cuda").fit(images["grey"][0])
 
 
@@ -526,7 +526,7 @@ def test_processes_on_one_cuda_device(monkeypatch):
             patch.setattr(torch, "empty", lambda *_, **__: None)
             assert inference.resolve_device("auto").type == "cuda"
             assert inference.resolve_device("cpu").type == "cpu"
-        assert ["n_jobs=1 is as fast" in str(one.message) for one in w] == [
+        assert ["Set n_jobs=1: it is as fast" in str(one.message) for one in w] == [
             True
         ] * warned
 

@@ -364,7 +364,7 @@ def test_last_four_stages_are_learnt(textures):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"score_stages": "pool"}, "score_stages='pool' is to name some"),
+        ({"score_stages": "pool"}, "score_stages='pool' must name stages"),
         ({"scaling": (1.1, 0.9)}, "scaling"),
         ({"scaling": (1.0,)}, "scaling"),
         ({"stages": "third"}, "stages=.*not found"),
@@ -527,7 +527,7 @@ def test_augmentation_changes_training(photos, fitted):
     losses = turned.fit(photos).loss_curve_
     assert not np.array_equal(losses, fitted.loss_curve_)
     assert_array_equal(clone(turned).fit(photos).loss_curve_, losses)
-    with pytest.raises(ValueError, match="for images"):
+    with pytest.raises(ValueError, match="need images"):
         KDClonerEstimator(rotation=20).fit(RNG.random((20, 4)))
 
 
@@ -680,7 +680,7 @@ def test_maps_of_files(photos, tmp_path):
 
 def test_no_maps_of_vectors():
     detector = KDClonerEstimator(max_steps=2).fit(RNG.random((20, 4)))
-    with pytest.raises(ValueError, match="for images"):
+    with pytest.raises(ValueError, match="need images"):
         detector.anomaly_map(RNG.random((2, 4)))
 
 

@@ -262,7 +262,7 @@ def test_a_classifier_that_is_trained_already(digits):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"anomaly_score": "g"}, "Generalized ODIN's; set head to one of inner"),
+        ({"anomaly_score": "g"}, "Set head to one of inner"),
         (
             {"reconstruction_weight": 1.0, "trainable_stages": "fc2"},
             "needs all stages to be trained",

@@ -202,7 +202,7 @@ def test_trained_networks_are_written_whole():
     assert shared >= {id(p) for p in loaded.cloner_.parameters()}
 
 
-@pytest.mark.filterwarnings("ignore:There is no known anomaly")
+@pytest.mark.filterwarnings("ignore:There is random noise is used")
 def test_own_networks_need_trust():
     module = nn.Sequential(OrderedDict(twice=Doubling(), out=nn.Linear(5, 3)))
     for backbone in (module, Doubling, make_doubling):

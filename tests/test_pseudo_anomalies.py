@@ -239,12 +239,12 @@ def test_errors(image_files, tmp_path):
         make_pseudo_anomalies(X, random_state=-1)
     with pytest.raises(ValueError, match=r"image_shape=\(5, 5\)"):
         make_pseudo_anomalies(vectors, image_shape=(5, 5))
-    with pytest.raises(ValueError, match="set folder"):
+    with pytest.raises(ValueError, match="Set folder"):
         make_pseudo_anomalies(image_files.train)
     broken = [tmp_path / "a.png", image_files.train[0], tmp_path / "b.png"]
     for path in broken[::2]:
         path.write_bytes(b"no image")
-    with pytest.raises(OSError, match=r"(?s)leave them out: .*a\.png.*b\.png"):
+    with pytest.raises(OSError, match=r"(?s)cannot be read: .*a\.png.*b\.png"):
         make_pseudo_anomalies(broken, folder=tmp_path / "new")
 
 

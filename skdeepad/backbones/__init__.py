@@ -105,7 +105,7 @@ def _from_name(name: str, weights: Any, in_channels: int) -> Backbone:
         return make_pretrained(name, weights)
     if name not in SMALL:
         raise ValueError(
-            f"backbone={name!r} is unknown; the names are "
+            f"backbone={name!r} is unknown. Known names are "
             f"{', '.join(list_backbones())}."
         )
     made = SMALL[name](in_channels)
@@ -120,8 +120,8 @@ def _from_module(backbone: Any, weights: Any, vectors: bool) -> Backbone:
         module = backbone()
     if not isinstance(module, nn.Module):
         raise TypeError(
-            f"backbone={backbone!r} is not the name of a backbone, a torch.nn.Module "
-            "or a function that returns one."
+            f"backbone={backbone!r} is neither the name of a backbone, nor a "
+            "torch.nn.Module, nor a function that returns one."
         )
     module = copy.deepcopy(module)  # the caller's stays as it is
     if weights not in (None, "default", "download"):

@@ -75,7 +75,7 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         if not stages:
-            raise ValueError("stages is empty; a backbone needs at least one stage.")
+            raise ValueError("stages is empty. A backbone needs at least one stage.")
         self.stages = nn.ModuleDict(stages)
         self.head = head
         self.input_size = input_size
@@ -171,7 +171,7 @@ class Backbone(nn.Module):
         unknown = sorted(names - set(self.stages))
         if unknown or not names:
             raise ValueError(
-                f"{parameter}={unknown} not found: the backbone's stages are "
+                f"{parameter}={unknown!r} not found. The backbone has the stages "
                 f"{', '.join(self.stages)}."
             )
         return tuple(name for name in self.stages if name in names)

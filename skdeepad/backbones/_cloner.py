@@ -81,7 +81,8 @@ def make_cloner(
         if output.ndim not in (2, 4) or output.ndim > x.ndim:
             raise ValueError(
                 f"stage {name!r} gives values of shape {tuple(output.shape[1:])}, "
-                "neither maps nor vectors: choose other stages, or pass a cloner."
+                "which are neither maps nor vectors. Choose other stages, or pass "
+                "a cloner of your own."
             )
         width = output.shape[1] if compared or not compact else COMPACT_WIDTH
         hidden = COMPACT_WIDTH if compact else width

@@ -83,8 +83,8 @@ def _timm_name(name: str) -> str:
     model = EMBEDDED.get(name) or name.removeprefix("timm/")
     if not timm.is_model(model):
         raise ValueError(
-            f"backbone={name!r} is not a model of timm's; timm.list_models() names "
-            "those there are."
+            f"backbone={name!r} is not a model of timm. timm.list_models() lists "
+            "its models."
         )
     return model
 
@@ -207,8 +207,8 @@ def read_tensors(path: Path, parameter: str) -> Mapping[str, Tensor]:
         isinstance(value, Tensor) for value in state.values()
     ):
         raise ValueError(
-            f"{parameter}={str(path)!r} holds no state dict (names to tensors); save "
-            "one with torch.save(module.state_dict(), path)."
+            f"{parameter}={str(path)!r} holds no state dict (names and tensors). "
+            "Save one with torch.save(module.state_dict(), path)."
         )
     return state
 

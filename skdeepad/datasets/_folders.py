@@ -94,8 +94,9 @@ def load_image_folder(root: str | os.PathLike[str]) -> Bunch:
     for folder in (train_folder, test_folder):
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"There is no folder {str(folder)!r}; root must hold train/good with "
-                "good images and test with one sub-folder per kind of image."
+                f"There is no folder {str(folder)!r}. root must hold train/good "
+                "with good images, and test with one sub-folder for each kind of "
+                "image."
             )
     train = _images(train_folder)
     test, masks = [], []
@@ -113,8 +114,8 @@ def load_image_folder(root: str | os.PathLike[str]) -> Bunch:
     for folder, images in ((train_folder, train), (test_folder, test)):
         if not images:
             raise ValueError(
-                f"There is no image in {str(folder)!r}; the extensions looked for "
-                f"are {', '.join(sorted(_EXTENSIONS))}."
+                f"There is no image in {str(folder)!r}. Files must end in "
+                f"{', '.join(sorted(_EXTENSIONS))}."
             )
     kinds_test = np.array([path.parent.name for path in test], dtype=object)
     return Bunch(

@@ -248,7 +248,7 @@ def _read(inputs: Any, index: Any) -> Any:
             yield batch.index[0], np.ascontiguousarray(batch.values[0].numpy())
     if failed:
         names = ", ".join(f"{inputs.rows[i]} ({why})" for i, why in failed.items())
-        raise OSError(f"Image files of X cannot be read; leave them out: {names}")
+        raise OSError(f"Some image files of X cannot be read: {names}. Leave them out.")
 
 
 def _spoil_files(
@@ -257,7 +257,9 @@ def _spoil_files(
     from PIL import Image
 
     if folder is None:
-        raise ValueError("X holds paths; set folder to where the files are to go.")
+        raise ValueError(
+            "X holds paths. Set folder to where the new files are to be written."
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     names = [inputs.digest(i).hex() for i in range(len(inputs))]

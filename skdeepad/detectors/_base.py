@@ -250,8 +250,8 @@ def find_related(
         return related if related.any() else np.arange(len(related))
     if len(groups) and (groups == groups[0]).all():
         raise ValueError(
-            "groups has one group only, and none can be held out: pass images of at "
-            "least two groups, or leave groups out."
+            "groups has only one group, so none can be held out. Pass images of "
+            "at least two groups, or leave groups out."
         )
     return groups
 

@@ -136,18 +136,21 @@ class SphereDetector(ObjectiveDetector):
             self.backbone_ = without_biases(self.backbone_.clone())
         if names := biases(self.backbone_):
             raise ValueError(
-                f"backbone has biases, which {type(self).__name__} would use to give "
-                f"all images the same output: {', '.join(names[:5])}"
-                f"{', ...' if len(names) > 5 else ''}. Make its layers with bias=False "
-                "and its normalizations with affine=False. For pretrained networks, "
-                "see PANDAEstimator and HSCClassifier."
+                f"backbone has biases, by which {type(self).__name__} could give "
+                "all images the same output: "
+                f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. Build "
+                "its layers with bias=False and its normalization with "
+                "affine=False. For pretrained networks, use PANDAEstimator or "
+                "HSCClassifier."
             )
 
     def _normalize_contrast(self, inputs: Vectors) -> None:
         """Put global contrast normalization before the first stage."""
         old, contrast = self.backbone_, ContrastNormalization()
         if old.vectors:
-            raise ValueError("contrast_normalization is for images; X holds vectors.")
+            raise ValueError(
+                "contrast_normalization needs images, but X holds vectors."
+            )
         everything = chunks(np.arange(len(inputs)), self.batch_size)
         loaded = self._pass(()).load(inputs, everything)
         found = [
@@ -342,8 +345,8 @@ class DeepSVDD(SphereDetector):
         super()._learn(samples, rng)
         if self.objective == "soft-boundary" and self.radius_ == 0:
             warnings.warn(
-                f"The radius is still 0 after max_steps={self.max_steps}: lower "
-                "warm_up_steps.",
+                f"The radius is still 0 after max_steps={self.max_steps}. Set "
+                "warm_up_steps to less than max_steps.",
                 ConvergenceWarning,
                 stacklevel=5,
             )

@@ -267,7 +267,7 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
         self._validate_names([name for name, _ in self.estimators])
         members = [(name, m) for name, m in self.estimators if m != "drop"]
         if not members:
-            raise ValueError("estimators has no member; give at least one.")
+            raise ValueError("estimators has no members. Give at least one.")
         for name, member in members:
             if not hasattr(member, "fit") or not hasattr(member, "score_samples"):
                 raise TypeError(
@@ -283,8 +283,8 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
             weights = np.array([1.0, 2.0])
         if weights.shape != (n,) or (weights < 0).any() or not weights.sum() > 0:
             raise ValueError(
-                f"weights={self.weights!r} are to be {n} numbers, one for each member, "
-                "none negative and not all 0."
+                f"weights={self.weights!r} must be {n} numbers, one for each "
+                "member, none of them negative and not all of them 0."
             )
         return weights / weights.sum()
 

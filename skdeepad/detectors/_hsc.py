@@ -227,7 +227,10 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
         outliers = np.flatnonzero(~normal & seen.readable)
         self._check_enough(len(rows))
         if not (normal.all() or len(outliers)):
-            raise ValueError("y has one class only: no image of the other can be read.")
+            raise ValueError(
+                "y has one class only: none of the images of the other class can "
+                "be read."
+            )
         held_out = np.zeros(len(rows), dtype=bool)
         if self.contamination is not None:
             held_out = self._hold_out(seen, rows, samples, rng)
@@ -258,9 +261,9 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
         """Learn the two labels; give 1 for the normal one, and -1."""
         if y is None:
             warnings.warn(
-                "There is no known anomaly: noise stands for outliers. Images of "
-                "anything else, labelled -1, teach more; without them, see "
-                "MahalanobisFeatureScorer, PANDAEstimator and DeepSVDD.",
+                "y is None, so random noise is used as outliers. Pass images of "
+                "anything else, labelled -1, to learn more; without any, "
+                "MahalanobisFeatureScorer or PANDAEstimator is a better choice.",
                 UserWarning,
                 stacklevel=6,
             )
@@ -302,8 +305,8 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
                 layers.append(nn.Linear(n_outputs, 1))
         if not layers and not self.trained_stages_:
             raise ValueError(
-                "projection=None leaves nothing to train, as no stage is trained; set "
-                "projection or trainable_stages."
+                "projection=None leaves nothing to train, since no stage is "
+                "trained either. Set projection or trainable_stages."
             )
         self._network.projection = nn.Sequential(*layers)
 
@@ -340,8 +343,9 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
             and distances[outlier].min() > distances[~outlier].max()
         ):
             warnings.warn(
-                f"Outliers are told apart from the start (their loss is {loss:.1g}): "
-                "they teach nothing. Outliers nearer to the normal images teach more.",
+                "The outliers are already separated before training (their loss "
+                f"is {loss:.1g}), so they teach the network nothing. Use outliers "
+                "that are more like the normal images.",
                 ConvergenceWarning,
                 stacklevel=9,
             )

@@ -305,8 +305,8 @@ default="discrepancy"
         names = {given} if isinstance(given, str) else set(given)
         if not names or not names <= set(self.stages_):
             raise ValueError(
-                f"score_stages={given!r} is to name some of the stages that the cloner "
-                f"learns: {', '.join(self.stages_)}."
+                f"score_stages={given!r} must name stages that the cloner learns: "
+                f"{', '.join(self.stages_)}."
             )
         return tuple(name for name in self.stages_ if name in names)
 
@@ -315,7 +315,7 @@ default="discrepancy"
         if self.rotation == 0 and low == high == 1:
             return None
         if self.backbone_.vectors:
-            raise ValueError("rotation and scaling are for images; X holds vectors.")
+            raise ValueError("rotation and scaling need images, but X holds vectors.")
         return RotationAndScaling(self.rotation, (low, high), seed)
 
     def _taps(self) -> tuple[Tap, ...]:
@@ -444,8 +444,8 @@ default="discrepancy"
         super()._check_maps()
         if self.localization == "discrepancy" and not self._has_maps:
             raise ValueError(
-                f"score_stages={self.score_stages_} have no maps; choose earlier ones, "
-                "or set localization='gradient'."
+                f"score_stages={self.score_stages_} have no maps. Choose earlier "
+                "stages, or set localization='gradient'."
             )
 
     def _position_scores(
@@ -508,7 +508,9 @@ def stage_losses(detector: KDClonerEstimator, X: Any) -> NDArray[np.float32]:
 def check_scaling(scaling: Any) -> tuple[float, float]:
     """Check a range of factors."""
     if len(scaling) != 2 or not 0 < scaling[0] <= scaling[1]:
-        raise ValueError(f"scaling={scaling!r} is to be two factors, the lesser first.")
+        raise ValueError(
+            f"scaling={scaling!r} must be two positive factors, the smaller one first."
+        )
     return float(scaling[0]), float(scaling[1])
 
 

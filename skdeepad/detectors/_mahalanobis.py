@@ -197,9 +197,9 @@ estimator, default="ledoit_wolf"
             check_is_fitted(other)
             if other._view() != self._view() or not isinstance(other.covariance, str):
                 raise ValueError(
-                    f"others[{i}], {other!r}, cannot be merged into {self!r}: network, "
-                    "weights, stages, image_size and joint must be the same, and "
-                    "covariance no object."
+                    f"others[{i}] ({other!r}) cannot be merged into {self!r}. All "
+                    "must have the same network, weights, stages, image_size and "
+                    "joint, and none a covariance object."
                 )
         self._gaussians = [copy.copy(gaussian) for gaussian in self._gaussians]
         for gaussian, *theirs in zip(

@@ -237,8 +237,8 @@ default="max_logit"
     def _fit(self, X: Any, y: Any, groups: Any, **more: Any) -> None:
         if self.anomaly_score in ("h", "g") and self.head not in GODIN:
             raise ValueError(
-                f"anomaly_score={self.anomaly_score!r} is Generalized ODIN's; set head "
-                f"to one of {', '.join(GODIN)}."
+                f"anomaly_score={self.anomaly_score!r} needs a head of Generalized "
+                f"ODIN. Set head to one of {', '.join(GODIN)}."
             )
         if self.n_members == 1:
             super()._fit(X, y, groups)
@@ -287,7 +287,8 @@ default="max_logit"
         if self.head == "given" and len(self.classes_) != self._given_logits():
             raise ValueError(
                 f"y has {len(self.classes_)} classes, but the given classifier has "
-                f"{self._given_logits()} logits; leave y out, and classes are numbers."
+                f"{self._given_logits()} logits. Leave y out to have the classes "
+                "numbered."
             )
         return numbers
 
@@ -335,9 +336,9 @@ default="max_logit"
         if self.reconstruction_weight:
             if not self._trains_all(self.backbone_):
                 raise ValueError(
-                    "reconstruction_weight needs all stages to be trained, so that "
-                    "features can learn what images are: set trainable_stages to all, "
-                    "or weights=None."
+                    "reconstruction_weight needs all stages to be trained, so "
+                    "that the features can learn to reconstruct the image. Name "
+                    "all stages in trainable_stages, or set weights=None."
                 )
             decoder = self._make_decoder(draw_seed(rng)).to(outputs.front.device)
             modules.append(decoder)

@@ -309,8 +309,8 @@ None, default="ewc"
         labels = super()._check_labels(y, n)
         if self._learns_anomalies() and (labels > 0).all():
             raise ValueError(
-                "adaptation='outlier_exposure' needs known anomalies: y labels no row "
-                "as one (-1)."
+                "adaptation='outlier_exposure' needs known anomalies, but y "
+                "labels none. Label some rows -1."
             )
         return labels
 
@@ -395,7 +395,8 @@ None, default="ewc"
             stage.requires_grad_(name in self.trained_stages_)
         if not any(parameter.requires_grad for parameter in stages.parameters()):
             raise ValueError(
-                f"trainable_stages={self.trained_stages_} have no weights to train."
+                f"trainable_stages={self.trained_stages_} have no weights to "
+                "train. Choose stages with layers that learn."
             )
         return stages
 
@@ -438,8 +439,9 @@ None, default="ewc"
         """Check the images that the network was pretrained on, and run the trunk."""
         if X is None or y is None:
             raise ValueError(
-                "adaptation='joint' trains on labelled pretraining images, too: pass "
-                "them as fit(X, X_pretrain=..., y_pretrain=...)."
+                "adaptation='joint' also trains on labelled images of the "
+                "pretraining classes. Pass them as fit(X, X_pretrain=..., "
+                "y_pretrain=...)."
             )
         if self.backbone_.head is None:
             raise ValueError(
@@ -461,8 +463,9 @@ None, default="ewc"
             enough = MAX_EPOCHS * len(adaptation.rows) // self.batch_size
             warnings.warn(
                 f"max_steps={self.max_steps} shows each of {len(adaptation.rows)} "
-                f"images {epochs:.0f} times, more than they support ({MAX_EPOCHS}): "
-                f"set max_steps to {max(enough, 1)} or less, or get more images.",
+                f"images {epochs:.0f} times, more often than any adaptation of the "
+                f"paper ({MAX_EPOCHS} times). Set max_steps to {max(enough, 1)} or "
+                "less, or train on more images.",
                 ConvergenceWarning,
                 stacklevel=3,
             )
@@ -516,8 +519,9 @@ None, default="ewc"
         left = after.var(axis=0).sum() / max(before.var(axis=0).sum(), 1e-30)
         if left < COLLAPSED and self._logit is None:
             warnings.warn(
-                f"Features have collapsed: held-out images keep {100 * left:.2g} % of "
-                "their spread. Lower max_steps or learning_rate, or raise ewc_lambda.",
+                "The features have collapsed: held-out images keep only "
+                f"{100 * left:.2g} % of their spread. Lower max_steps or "
+                "learning_rate, or raise ewc_lambda.",
                 ConvergenceWarning,
                 stacklevel=4,
             )

@@ -183,10 +183,10 @@ class ObjectiveDetector(TrainedDetector):
         self._frozen_stages = names[:first]
         if trained:
             self.backbone_ = self.backbone_.clone()
-        task = self._front()
+        front = self._pass(self._taps())  # `_front` may ask for the end
         # copied before training sets the modes of modules that both hold
-        frozen_copy(self.backbone_, task.device, task.dtype)
-        shapes = task.shapes(task.sample_shape(inputs))
+        frozen_copy(self.backbone_, front.device, front.dtype)
+        shapes = front.shapes(front.sample_shape(inputs))
         self._network = TrainedEnd(
             {name: self.backbone_.stages[name] for name in names[first:]},
             shapes[0] if trained else (),
@@ -195,7 +195,7 @@ class ObjectiveDetector(TrainedDetector):
             self.backbone_,
         )
         augment = self._augment(draw_seed(rng))
-        return PassOutputs(task, inputs, self.max_cache_bytes, augment)
+        return PassOutputs(front, inputs, self.max_cache_bytes, augment)
 
     def _taps(self) -> tuple[Tap, ...]:
         frozen = tuple(t for t in super()._taps() if t.stage in self._frozen_stages)
@@ -211,7 +211,7 @@ class ObjectiveDetector(TrainedDetector):
         if self.augmentation is None:
             return None
         if self.image_size_ is None:
-            raise ValueError("augmentation is for images; X holds vectors.")
+            raise ValueError("augmentation needs images, but X holds vectors.")
         if self.augmentation == "paper":
             return paper_augmentation(self.image_size_, seed)
         return EachImage(self.augmentation, seed)
@@ -278,8 +278,8 @@ class ObjectiveDetector(TrainedDetector):
         )
         if not all(0 < m < 1 for m in self.milestones):
             raise ValueError(
-                f"milestones={self.milestones!r} must be shares of the steps, "
-                "in (0, 1)."
+                f"milestones={self.milestones!r} must be shares of the steps, each "
+                "between 0 and 1."
             )
         steps = sorted({round(m * n_steps) for m in self.milestones})
         schedule = torch.optim.lr_scheduler.MultiStepLR(
@@ -328,8 +328,9 @@ class ObjectiveDetector(TrainedDetector):
         """Warn if all images have one score."""
         if np.ptp(scores) <= MIN_SPREAD * np.abs(scores).max():
             warnings.warn(
-                "The network has collapsed: it gives all images the same score. Lower "
-                "learning_rate or max_steps; see that X is scaled, and not constant.",
+                "The network has collapsed: all images have the same score. Lower "
+                "learning_rate or max_steps, and check that X is scaled and not "
+                "constant.",
                 ConvergenceWarning,
                 stacklevel=5,
             )

@@ -104,8 +104,8 @@ def cross_fitted_scores(
     n_groups = len(np.unique(groups))
     if n_groups < 2:
         raise ValueError(
-            "All training samples are copies of one sample, or of one group, and "
-            "cannot be scored by the others. Pass samples of at least two groups."
+            "All training samples are copies of one sample, or belong to one "
+            "group, so none can be held out. Pass samples of at least two groups."
         )
     scores = np.empty(len(groups))
     folds = GroupKFold(min(n_folds, n_groups), shuffle=True, random_state=0)
@@ -152,11 +152,11 @@ def warn_of_copies(X: NDArray[Any], digests: NDArray[np.uint64]) -> None:
     if share > MAX_COPIED:
         warnings.warn(
             f"About {100 * share:.0f} % of the training samples have exact or near "
-            "copies among the others. Exact copies are left out together when the "
-            "threshold is set. If samples are related (frames of one video, pictures "
-            "of one part, augmented versions), more new samples will be flagged than "
-            "`contamination` says: pass groups= to fit, which tells what belongs "
-            "together.",
+            "copies among the others. Exact copies are held out together when the "
+            "threshold is set. If samples are related (frames of one video, "
+            "pictures of one part, augmented versions), pass groups= to fit, "
+            "which says what belongs together; otherwise more new samples are "
+            "flagged than contamination says.",
             UserWarning,
             stacklevel=3,
         )

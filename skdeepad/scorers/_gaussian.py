@@ -185,7 +185,7 @@ def can_update(scorer: Any) -> bool:
     if isinstance(scorer.covariance, str):
         return True
     raise AttributeError(
-        f"Parts cannot be joined with covariance={scorer.covariance!r}; use one of "
+        f"covariance={scorer.covariance!r} cannot be learnt in parts. Use "
         "'ledoit_wolf', 'oas', 'empirical' or 'diagonal'."
     )
 
@@ -361,10 +361,10 @@ estimator, default="ledoit_wolf"
                 other.covariance, str
             ):
                 raise ValueError(
-                    f"others[{i}] is {other!r} of {other.n_features_in_} features; "
-                    f"{self!r} of {self.n_features_in_} features can take in those "
-                    "that were fitted to the same features, none by a covariance "
-                    "object."
+                    f"others[{i}] ({other!r} of {other.n_features_in_} features) "
+                    f"cannot be merged into {self!r} of {self.n_features_in_} "
+                    "features. All must be fitted to the same features, and none "
+                    "with a covariance object."
                 )
         self._join(others)
         return self._finish_parts()
@@ -404,14 +404,14 @@ estimator, default="ledoit_wolf"
         variances = np.diag(covariance).copy()
         if variances.max() <= 0:
             raise ValueError(
-                "All training samples are the same: their covariance is zero. "
-                "Check that X holds different samples."
+                "All training samples are identical, so their covariance is zero. "
+                "Check X."
             )
         if self.covariance == "empirical" and n <= d + 1:
             raise ValueError(
                 f"covariance='empirical' needs more than n_features + 1 = {d + 1} "
-                f"samples, got n_samples={n}: the covariance of fewer cannot be "
-                "inverted. Use 'ledoit_wolf', 'oas' or 'diagonal'."
+                f"samples, got n_samples={n}. Use 'ledoit_wolf', 'oas' or "
+                "'diagonal', or more samples."
             )
         shrinkage = 0.0
         if self.covariance == "ledoit_wolf":
