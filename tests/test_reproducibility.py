@@ -115,5 +115,5 @@ def test_rounding_moves_no_score_across_the_threshold():
 
 def test_too_few_samples_for_the_share_are_told():
     X = np.random.default_rng(0).normal(size=(20, 2))
-    with pytest.warns(UserWarning, match=r"about 4\.8 % .* at least 99 need held-out"):
+    with pytest.warns(UserWarning, match=r"about 4\.8 % .*at least 99 need held-out"):
         KNNScorer(contamination=0.01).fit(X)
