@@ -1,12 +1,14 @@
-"""What estimators do with odd arrays and odd image files.
+"""What estimators do with odd arrays, odd image files, damaged caches and threads.
 
-    python benchmarks/robustness.py --arrays 10000 --files 200
+    python benchmarks/robustness.py --arrays 10000 --files 200 --caches 50 --threads 24
 
 Each case is made of its number. It is fitted or scored, and ends in finite scores, in a
 documented error (ValueError, TypeError or FileNotFoundError, of fewer than 500
 characters, which names X or the file), or in one of what is counted here: undocumented
 errors, scores that are not finite, hangs, crashed processes, and files whose scores are
-not those of the same image as an array.
+not those of the same image as an array. A damaged cache has to give the same features
+with at most one warning, or an error that names its folder. A call made in eight
+threads at once has to give the numbers of the same call alone.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,14 @@ import torch
 from _common import environment, write_json
 from PIL import Image
 
-from skdeepad import GaussianScorer, KNNScorer, MahalanobisFeatureScorer
+from skdeepad import (
+    BackboneFeatures,
+    GaussianScorer,
+    HSCClassifier,
+    KNNScorer,
+    MahalanobisFeatureScorer,
+)
+from skdeepad.backbones import load_backbone
 
 CHUNK = 500  # cases that a process tries
 SECONDS = 20  # after which a case hangs
@@ -353,6 +363,83 @@ def odd_case(detector: Any, paths: list[Path], expected: Any) -> str:
     return f"{told}, and skipped" if same else "silent change of the other files"
 
 
+# ---------------------------------------------------------- caches and threads
+
+
+def try_caches(first: int, n: int) -> Counter[str]:
+    """Damage the file of a cache, and compute features with it."""
+    X = np.random.default_rng(0).normal(size=(40, 6))
+    outcomes: Counter[str] = Counter()
+
+    def transform(folder: Path | None, X: Any = X) -> Any:
+        features = BackboneFeatures("mlp", batch_size=8, memory=folder, random_state=0)
+        return features.fit(X).transform(X)
+
+    expected = transform(None)
+    with tempfile.TemporaryDirectory() as name:
+        transform(Path(name), X[:30])
+        (whole,) = Path(name).iterdir()
+        for seed in range(first, first + n):
+            rng = np.random.default_rng(seed)
+            folder = Path(tempfile.mkdtemp(dir=name))
+            data = bytearray(whole.read_bytes())
+            start = int(rng.integers(len(data)))
+            end = min(start + int(rng.choice([3, 100, 4096, len(data)])), len(data))
+            data[start:end] = rng.bytes(end - start) if rng.random() < 0.8 else b""
+            (folder / whole.name).write_bytes(data)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                told, found = outcome(lambda at=folder: transform(at), [str(folder)])
+            if found is not None:
+                same = np.array_equal(found, expected) and len(caught) <= 1
+                told = f"same features, {len(caught)} warnings"
+                told = told if same else "silent change"
+            outcomes[told] += 1
+    return outcomes
+
+
+def try_threads(first: int, n: int) -> Counter[str]:
+    """Do the same in eight threads at once, and compare with doing it alone."""
+    X = np.random.default_rng(0).random((48, 28, 28), dtype=np.float32)
+    detector = DETECTORS["MahalanobisFeatureScorer"]().fit(X)
+    y = np.where(np.arange(48) < 36, 1, -1)
+    works: list[Callable[[int], Any]] = [
+        lambda seed: detector.score_samples(X[seed % 40 :]),
+        lambda seed: (
+            HSCClassifier("mnist_lenet", max_steps=3, random_state=seed)
+            .fit(X, y)
+            .score_samples(X)
+        ),
+        lambda seed: [
+            p.numpy()
+            for p in load_backbone("cifar10_lenet", seed=seed).state_dict().values()
+        ],
+    ]
+    outcomes: Counter[str] = Counter()
+    for seed in range(first, first + n):
+        work, before = works[seed % len(works)], torch.get_rng_state()
+
+        def alone(_: Any, work: Any = work, seed: int = seed) -> Any:
+            torch.set_num_threads(1)  # a new thread starts with torch's default
+            return np.concatenate([np.ravel(part) for part in work(seed)])
+
+        expected = alone(0)
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(alone, range(8)))
+        same = all(np.array_equal(numbers, expected) for numbers in found)
+        same = same and torch.equal(torch.get_rng_state(), before)
+        outcomes["same numbers in 8 threads" if same else "silent change"] += 1
+    return outcomes
+
+
+TRY = {
+    "arrays": try_arrays,
+    "files": try_files,
+    "caches": try_caches,
+    "threads": try_threads,
+}
+
+
 def in_processes(kind: str, n: int) -> dict[str, Any]:
     """Try cases in processes of their own, and add up what they tell."""
     outcomes: Counter[str] = Counter()
@@ -386,6 +473,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arrays", type=int, default=10_000)
     parser.add_argument("--files", type=int, default=200)
+    parser.add_argument("--caches", type=int, default=50)
+    parser.add_argument("--threads", type=int, default=24)
     parser.add_argument("--try", dest="part", nargs=3, help="of a process's own cases")
     given = parser.parse_args()
     if given.part:
@@ -394,14 +483,12 @@ def main() -> None:
         torch.set_num_threads(1)
         signal.signal(signal.SIGALRM, _hang)
         kind, first, n = given.part
-        tried = (try_arrays if kind == "arrays" else try_files)(int(first), int(n))
-        print(json.dumps(tried))
+        print(json.dumps(TRY[kind](int(first), int(n))))
         return
     about = environment()
     start = time.perf_counter()
-    result = {
-        "arrays": in_processes("arrays", given.arrays),
-        "files": in_processes("files", given.files),
+    result: dict[str, Any] = {
+        kind: in_processes(kind, getattr(given, kind)) for kind in TRY
     }
     result["seconds"] = round(time.perf_counter() - start)
     print(json.dumps(result, indent=1, ensure_ascii=False))

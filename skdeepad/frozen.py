@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from hashlib import blake2b
 from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .backbones import Backbone
@@ -97,10 +99,35 @@ def weights_digest(backbone: Backbone) -> str:
 
 
 def fingerprint(backbone: Backbone) -> str:
-    """Digest a frozen backbone's weights and structure."""
+    """Digest a frozen backbone's weights, structure and settings."""
 
     def digest() -> str:
-        told = (repr(backbone), backbone.mean, backbone.std, weights_digest(backbone))
-        return blake2b(repr(told).encode(), digest_size=16).hexdigest()
+        modules = [(repr(type(m)), settings(m)) for m in backbone.modules()]
+        told = repr((repr(backbone), modules, weights_digest(backbone)))
+        return blake2b(told.encode(), digest_size=16).hexdigest()
 
     return remember(backbone, "fingerprint", digest)
+
+
+def settings(module: nn.Module) -> Any:
+    """Give the attributes of a module that are neither weights nor modules."""
+    elsewhere = {"_parameters", "_buffers", "_modules", "_loader"}
+    found = sorted(vars(module).items())
+    return [(name, describe(v)) for name, v in found if name not in elsewhere]
+
+
+def describe(value: Any) -> Any:
+    """Describe a setting in the same words in every process."""
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return [(describe(k), describe(v)) for k, v in value.items()]
+    if isinstance(value, list | tuple):
+        return [describe(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))
+    if isinstance(value, partial):
+        return describe([value.func, value.args, value.keywords])
+    if value is None or isinstance(value, str | int | float | torch.dtype):
+        return repr(value)
+    return getattr(value, "__qualname__", type(value).__qualname__)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+import subprocess
+import sys
 import warnings
 from contextlib import closing
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from skdeepad import BackboneFeatures
+from skdeepad.backbones import Backbone, load_backbone
 from skdeepad.cache import StageCache
+from skdeepad.frozen import fingerprint
 
 X = np.random.default_rng(0).normal(size=(40, 6))
 NAME = "skdeepad-features.sqlite"
@@ -153,3 +159,40 @@ def test_a_folder_that_cannot_be(tmp_path, name):
     with pytest.raises(ValueError, match=r"memory=.*cannot be a folder") as caught:
         features(tmp_path / name).transform(X)
     assert len(str(caught.value)) < 500
+
+
+class Scaled(nn.Module):
+    """Has a setting that neither its repr nor its weights tell."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return x * torch.as_tensor(self.factor)
+
+
+@pytest.mark.parametrize(
+    "other", [3.0, np.full(6, 3.0, np.float32), torch.full((6,), 3.0)], ids=type
+)
+def test_networks_that_differ_in_a_setting_share_no_rows(tmp_path, other):
+    def transform(factor):
+        backbone = Backbone({"stage": Scaled(factor)}, in_channels=6, vectors=True)
+        return BackboneFeatures(backbone, memory=tmp_path).fit_transform(X)
+
+    same = type(other)(2.0) if isinstance(other, float) else other * 0 + 2
+    np.testing.assert_allclose(transform(same), 2 * X, rtol=1e-6)
+    np.testing.assert_allclose(transform(other), 3 * X, rtol=1e-6)
+
+
+def test_one_network_has_one_name_in_every_process():
+    code = (
+        "from skdeepad.backbones import load_backbone\n"
+        "from skdeepad.frozen import fingerprint\n"
+        "print(fingerprint(load_backbone('timm/test_vit', weights=None, seed=0)))"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    here = fingerprint(load_backbone("timm/test_vit", weights=None, seed=0))
+    assert told.stdout.strip() == here

@@ -133,6 +133,10 @@ GADGETS = {
     "method": with_attribute("score_samples"),
     "private method": with_attribute("_set_offset"),
     "constraints": with_attribute("_parameter_constraints"),
+    "constant": with_attribute("_has_end", kind="skdeepad.features:BackboneFeatures"),
+    "link in HTML": with_attribute("_doc_link_module", lambda f: "skdeepad"),
+    "template of links": with_attribute("_doc_link_template", lambda f: "<script>"),
+    "the same in private": with_attribute("__doc_link_template"),
     "property": with_attribute("named_steps", kind=PIPELINE),
     "no identifier": with_attribute("a b"),
     "no name": with_attribute(""),
@@ -203,6 +207,9 @@ GADGETS = {
     "list as key": lambda f: f.holding(f.add(dict=[[f.add(list=[]), 0]])),
     "tuple in a set": lambda f: f.holding(f.add(set=[f.add(tuple=[])])),
     "large integer as key": lambda f: f.holding(f.add(dict=[[2**61 * 8, 0]])),
+    "number of 80 bits as key": lambda f: f.holding(
+        f.add(set=[f.add(scalar=f.array(np.longdouble(1)) and 0)])
+    ),
     "scalar of many": lambda f: f.holding(f.add(scalar=f.array([1.0, 2.0]) and 0)),
 }
 
@@ -378,6 +385,7 @@ BOMBS = {
     "one member very often": lambda: one_member_often(200_000),
     "shape of objects": lambda: shaped([None], [400_000_000]),
     "shape without end": lambda: shaped([None], [2**62, 2**62]),
+    "shape of many sides": lambda: shaped([None], 300_000 * [9]),
     "negative shape": lambda: shaped([None], [-1]),
     "lists in an array": lambda: lists_in_array(1000, 100_000),
     "array of nothing": lambda: array_header("(999999999999,)", "<U0"),
@@ -414,7 +422,17 @@ def test_bombs_are_refused_at_once(bomb):
     finally:
         tracemalloc.stop()
     assert seconds < 4  # tracing makes it several times slower
-    assert peak < 12 * len(data) + 2**26
+    assert peak < 5 * len(data) + 2**26
+
+
+@pytest.mark.parametrize("name", ["a" * 900_000, "a\ud800:B", "\x1b[31m:B", "a\nb:B"])
+def test_names_in_messages_are_short_and_printable(name):
+    forge = Forge()
+    with pytest.raises(LoadError, match=r"not trusted|a{1000}") as error:
+        load(BytesIO(forge.file(forge.instance(name))))
+    message = str(error.value)
+    assert message.isprintable()
+    assert len(message) <= 2000
 
 
 def test_members_in_one_another_are_refused():

@@ -115,9 +115,9 @@ def _to_pixels(image: Any, white: float) -> tuple[np.ndarray, float]:
 
 def pixels_to_tensor(pixels: np.ndarray, white: float) -> Tensor:
     """Scale pixels of shape (height, width[, channels]) to [0, 1], channels first."""
-    image = torch.from_numpy(np.array(pixels, dtype=np.float32)) / white
-    image = image[None] if image.ndim == 2 else image.permute(2, 0, 1)
-    return image.clamp(0, 1)
+    image = torch.from_numpy(np.array(pixels, dtype=np.float32))
+    image.div_(white).clamp_(0, 1)
+    return image[None] if image.ndim == 2 else image.permute(2, 0, 1)
 
 
 def fit_channels(images: Tensor, channels: int | None) -> Tensor:
@@ -182,8 +182,11 @@ def resize_rows(
     if size is None or height * width <= LARGE or size[1] >= width:
         return resize(rows(0, height), size)
     step = max(1, STRIP // (n_images * width))
-    strips = []
+    narrow = torch.empty(0)
     for top in range(0, height, step):
         strip = rows(top, min(top + step, height))
-        strips.append(resize(strip, (strip.shape[-2], size[1])))
-    return resize(torch.cat(strips, dim=-2), size)
+        strip = resize(strip, (strip.shape[-2], size[1]))
+        if top == 0:
+            narrow = strip.new_empty((*strip.shape[:-2], height, size[1]))
+        narrow[..., top : top + step, :] = strip
+    return resize(narrow, size)

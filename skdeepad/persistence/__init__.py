@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, BinaryIO
 
 from sklearn.base import BaseEstimator
@@ -191,7 +192,7 @@ def read(data: bytes, trusted: Iterable[Any]) -> Any:
     if not isinstance(estimator, BaseEstimator):
         raise LoadError("The file holds no estimator.")
     if reader.paths:
-        told = ", ".join(f"{name}={value!r}" for name, value in reader.paths.items())
+        told = ", ".join(f"{name}={short(v)}" for name, v in reader.paths.items())
         warnings.warn(
             f"{told} of the file is a place on another machine, perhaps, and was set "
             "to None. Set it with set_params if it is wanted here.",

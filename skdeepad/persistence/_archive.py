@@ -28,8 +28,7 @@ DIGEST_SIZE = 64  # a SHA-256 digest in hexadecimal, as the archive's comment
 
 # Far above what estimators need, and read in less than a second
 MAX_DIRECTORY = 2**20  # bytes of the archive's list of members: some 15,000 arrays
-MAX_MANIFEST = 2**25  # bytes
-MAX_HEADER = 2**23  # bytes of the list of tensors
+MAX_MESSAGE = 2000  # characters of an error: names in a file may be long
 
 MAGIC = (
     b"\x93NUMPY\x01\x00"  # NumPy's format: its header is read as text, not as Python
@@ -48,6 +47,11 @@ LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # before each member
 
 class LoadError(ValueError):
     """A file that is not what `save` wrote, or not one for this version."""
+
+    def __init__(self, message: str) -> None:
+        """Shorten what the file says, and escape what would act on a terminal."""
+        shown = (c if c.isprintable() else repr(c)[1:-1] for c in message)
+        super().__init__("".join(shown)[:MAX_MESSAGE])
 
 
 LoadError.__module__ = "skdeepad.persistence"  # where it is public
@@ -118,14 +122,17 @@ def check_directory(content: memoryview) -> None:
 def read_manifest(members: dict[str, memoryview]) -> dict[str, Any]:
     """Read what the file says it holds."""
     data = members.pop(MANIFEST)
-    # values of large networks come with large tensors
-    rest = sum(member.nbytes for member in members.values())
-    if data.nbytes > min(MAX_MANIFEST, 2**20 + rest):
+    if data.nbytes > max_text(members):
         raise LoadError("The file's manifest is larger than an estimator's can be.")
     manifest = json.loads(bytes(data), parse_constant=refuse_constant)
     if not isinstance(manifest, dict):
         raise LoadError("The file's manifest is not one that save wrote.")
     return manifest
+
+
+def max_text(members: dict[str, memoryview]) -> int:
+    """Bound the size of what is parsed, which takes many times its size in memory."""
+    return 2**20 + sum(member.nbytes for member in members.values()) // 16
 
 
 def refuse_constant(name: str) -> float:
@@ -135,7 +142,7 @@ def refuse_constant(name: str) -> float:
 def read_tensors(members: dict[str, memoryview]) -> dict[str, Tensor]:
     """Read all tensors; the library checks that each has its bytes."""
     data = members.pop(TENSORS)
-    if int.from_bytes(data[:8], "little") > MAX_HEADER:
+    if int.from_bytes(data[:8], "little") > max_text({TENSORS: data}):
         raise LoadError("The file lists more tensors than an estimator can have.")
     return safetensors.torch.load(bytes(data))
 

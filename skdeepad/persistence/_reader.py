@@ -38,11 +38,13 @@ TORCH_DTYPES = {
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 }
 FLOATS = ("nan", "inf", "-inf")  # which JSON has not
-SCALARS = (str, int, float, type(None), np.integer, np.floating, np.bool_)
+# What may be a key; of larger numbers, thousands may share one hash
+SCALARS = (str, int, float, type(None), np.bool_, np.integer, np.float16, np.float32)
 
 # Far above what estimators need
 MAX_OBJECTS = 2**19
 MAX_DEPTH = 100  # of objects in objects; Python's own limit is a few hundred
+MAX_SIDES = 64  # of an array, which is NumPy's own limit
 MAX_UNFOLDED = 2**20  # objects in an object, those counted often that are there often
 
 NOTHING: frozenset[type] = frozenset()
@@ -139,7 +141,7 @@ class Reader:
 
     def make_objects(self, value: list[Any], told: dict[str, Any]) -> NDArray[Any]:
         items = [self.decode(item) for item in value]
-        if prod(told["shape"]) != len(items):
+        if len(told["shape"]) > MAX_SIDES or prod(told["shape"]) != len(items):
             raise LoadError("The file has an array that is not of the shape it says.")
         array = np.empty(len(items), dtype=object)
         for i, item in enumerate(items):  # all at once, NumPy would unpack lists
@@ -283,7 +285,6 @@ class Reader:
 
 def is_key(value: Any) -> bool:
     """Tell whether a value may be a key, or in a set: it hashes in no time."""
-    # of larger integers, thousands may share one hash
     small = type(value) is not int or abs(value) < 2**63
     return isinstance(value, SCALARS) and small
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from sklearn.base import BaseEstimator
-from torch import nn
 
 # imported, so that `find_schema` finds what they hold
 from .. import detectors, features, scorers  # noqa: F401
@@ -173,11 +172,8 @@ class Schema:
 @lru_cache(maxsize=2**14)
 def is_free(kind: type, name: str) -> bool:
     """Tell whether a name hides nothing, and is none that Python looks for."""
-    if not name.isidentifier() or name.startswith("__"):
-        return False
-    if issubclass(kind, nn.Module) and hasattr(nn.Module, name):
-        return False
-    return isinstance(getattr(kind, name, None), CONSTANTS)
+    special = not name.isidentifier() or name.startswith("__")
+    return not special and not hasattr(kind, name)
 
 
 @lru_cache(maxsize=2**14)
@@ -186,20 +182,26 @@ def is_free_child(kind: type, name: str) -> bool:
     return CHILD_NAME.fullmatch(name) is not None and not hasattr(kind, name)
 
 
-@lru_cache(maxsize=1024)
 def find_schema(name: str) -> Schema | None:
     """Find a class that files may hold, by its name in a file."""
     module, _, qualname = name.partition(":")
     if name in FOREIGN:
-        found: Any = getattr(import_module(module), qualname, None)
-        return Schema(found, FOREIGN[name]) if is_class(found, name) else None
+        found = getattr(import_module(module), qualname, None)
+        return schema_of(found, name) if is_class(found, name) else None
     if not module.startswith("skdeepad."):
         return None
     found = getattr(sys.modules.get(module), qualname, None)
-    if not is_class(found, name) or not hasattr(found, "_saved"):
-        return None
-    told = (vars(base).get("_saved", {}) for base in reversed(found.__mro__))
-    return Schema(found, {k: held for saved in told for k, held in saved.items()})
+    known = is_class(found, name) and hasattr(found, "_saved")
+    return schema_of(found, name) if known else None
+
+
+@lru_cache(None)
+def schema_of(kind: type, name: str) -> Schema:
+    """Collect what attributes of a class may hold, over its bases."""
+    if name in FOREIGN:
+        return Schema(kind, FOREIGN[name])
+    told = (vars(base).get("_saved", {}) for base in reversed(kind.__mro__))
+    return Schema(kind, {k: held for saved in told for k, held in saved.items()})
 
 
 def find_enum(name: str) -> Any:
