@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         PANDAEstimator,
     )
     from .features import BackboneFeatures
-    from .model_selection import OneClassKFold, PseudoAnomalyScorer
+    from .model_selection import OneClassKFold, PseudoAnomalyScorer, compare_detectors
     from .persistence import load, save
     from .scorers import (
         CentroidScorer,
@@ -54,6 +54,7 @@ _HOMES = {
     "OpenSetClassifier": "detectors",
     "PANDAEstimator": "detectors",
     "PseudoAnomalyScorer": "model_selection",
+    "compare_detectors": "model_selection",
     "load": "persistence",
     "save": "persistence",
 }
@@ -91,6 +92,7 @@ __all__ = [
     "OpenSetClassifier",
     "PANDAEstimator",
     "PseudoAnomalyScorer",
+    "compare_detectors",
     "load",
     "save",
 ]

@@ -11,13 +11,14 @@ import math
 import warnings
 from collections.abc import Callable
 from numbers import Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, OutlierMixin, clone
 from sklearn.utils import check_consistent_length, column_or_1d
 from sklearn.utils._param_validation import Interval
+from sklearn.utils.validation import check_is_fitted
 
 from .parameters import ParametersMixin
 
@@ -162,7 +163,7 @@ def threshold_below(scores: NDArray[np.float64], share: float) -> float:
 
 
 def keep_state_on_error(fit: Callable[..., Any]) -> Callable[..., Any]:
-    """Leave the estimator as it was when its `fit` or `partial_fit` fails."""
+    """Leave the estimator as it was when a method that changes it fails."""
 
     @functools.wraps(fit)
     def safe_fit(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -187,6 +188,7 @@ class AnomalyDetector(ParametersMixin, OutlierMixin, BaseEstimator):
     ----------
     contamination : float, default=0.05
         Share of new normal samples that may fall below the threshold, in (0, 0.5].
+        `fit` sets the threshold by it; to change it afterwards, call `recalibrate`.
 
     Attributes
     ----------
@@ -232,6 +234,71 @@ class AnomalyDetector(ParametersMixin, OutlierMixin, BaseEstimator):
                 stacklevel=3,
             )
         self.offset_ = threshold_below(held_out_scores, self.contamination)
+        self._threshold_scores: NDArray[np.float64] | None = np.sort(held_out_scores)
+        self._n_unseen = n
+
+    @keep_state_on_error
+    def recalibrate(
+        self, X_good: Any = None, *, contamination: float | None = None
+    ) -> Self:
+        """Set the threshold again, without learning again.
+
+        Changing the parameter `contamination` of a fitted detector has no effect;
+        this method has. Scores stay as they are.
+
+        Parameters
+        ----------
+        X_good : array-like, default=None
+            New normal samples, in any form that `fit` takes, such as the first good
+            parts of a new batch. None: the threshold is set by the held-out scores
+            that the detector keeps from `fit`, or from the last call with `X_good`.
+        contamination : float, default=None
+            Share of new normal samples that may fall below the threshold, in
+            (0, 0.5]; the parameter is set to it. None: the parameter as it is.
+
+        Returns
+        -------
+        self : object
+            The detector with its new threshold.
+
+        Raises
+        ------
+        ValueError
+            If `contamination` is out of range, if `X_good` is no valid input or has
+            no sample that can be read, or if it is None and no held-out scores are
+            kept.
+
+        Warns
+        -----
+        UserWarning
+            If there are too few scores for `contamination`.
+        """
+        check_is_fitted(self)
+        if contamination is not None:
+            self.contamination = contamination
+        self._validate_params()
+        if self.contamination is None:
+            raise ValueError("contamination is None: pass the share, such as 0.05.")
+        self._recalibrate(X_good)
+        return self
+
+    def _recalibrate(self, X_good: Any) -> None:
+        """Set thresholds by the scores that were kept, or by new normal samples."""
+        if X_good is not None:
+            scores = self.score_samples(X_good)
+            scores = scores[~np.isnan(scores)]  # unreadable files have none
+            if not len(scores):
+                raise ValueError("X_good has no sample that can be read.")
+            self._set_offset(scores)
+            return
+        kept = getattr(self, "_threshold_scores", None)
+        if kept is None:
+            raise ValueError(
+                f"This {type(self).__name__} keeps no held-out scores (it was fitted "
+                "with contamination=None, or by an older version). Pass X_good, some "
+                "normal samples."
+            )
+        self._set_offset(kept, self._n_unseen)
 
     def score_samples(self, X: Any) -> NDArray[np.float64]:
         """Score each sample; the higher, the more normal.

@@ -17,7 +17,6 @@ from sklearn.utils import Tags, check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import _check_feature_names_in, check_is_fitted
 from torch import nn
-from tqdm.auto import tqdm
 
 from .backbones import Backbone, load_backbone
 from .backbones._plain import to_plain
@@ -36,6 +35,7 @@ from .inference import (
 )
 from .inputs import Vectors, check_inputs, check_size
 from .parameters import ParametersMixin
+from .progress import Progress
 
 try:
     from sklearn.callback import CallbackSupportMixin
@@ -82,9 +82,11 @@ class BackboneEstimator(ParametersMixin, CallbackSupportMixin, BaseEstimator):
         in float64 always.
     random_state : int, RandomState instance or None, default=None
         Seeds random weights.
-    verbose : bool or int, default=False
-        Whether to show a progress bar. scikit-learn's callbacks (1.9 and later) are
-        served, too, while it is fitted.
+    verbose : bool, int or "auto", default="auto"
+        Whether to show progress bars. "auto": in a terminal and in a notebook, for
+        what takes longer than a second; elsewhere, such as in a log, one line says
+        what will take longer than ten seconds. scikit-learn's callbacks (1.9 and
+        later) are served, too, while it is fitted.
 
     Attributes
     ----------
@@ -114,7 +116,7 @@ class BackboneEstimator(ParametersMixin, CallbackSupportMixin, BaseEstimator):
     device: str = "auto"
     precision: str = "auto"
     random_state: int | np.random.RandomState | None = None
-    verbose: bool | int = False
+    verbose: bool | int | str = "auto"
 
     _parameter_constraints: ClassVar = {
         "backbone": [str, callable],  # a torch.nn.Module is callable
@@ -127,7 +129,7 @@ class BackboneEstimator(ParametersMixin, CallbackSupportMixin, BaseEstimator):
         "device": [str],
         "precision": [StrOptions({"auto", "float32", "bfloat16"})],
         "random_state": ["random_state"],
-        "verbose": ["verbose"],
+        "verbose": ["verbose", StrOptions({"auto"})],
     }
     _saved: ClassVar = {"backbone": nn.Module, "backbone_": Backbone}
     _has_end: ClassVar = False  # a live one, behind the frozen front
@@ -281,19 +283,20 @@ class BackboneEstimator(ParametersMixin, CallbackSupportMixin, BaseEstimator):
         return out
 
     def _track(
-        self, items: Iterable[Any], total: int, fitting: bool, unit: str = "sample"
+        self, items: Iterable[Any], total: int, fitting: bool, phase: str = ""
     ) -> Iterator[Any]:
-        """Pass items on, telling tqdm and, in `fit`, scikit-learn's callbacks.
+        """Pass items on, showing progress and, in `fit`, to scikit-learn's callbacks.
 
-        Items are batches of samples, which start with their positions, or steps.
+        Items are batches of samples, which start with their positions, or the steps
+        of a phase of training.
         """
         context = None
         if fitting and hasattr(self, "_init_callback_context"):
             context = self._init_callback_context(max_subtasks=None)
             context.call_on_fit_task_begin(estimator=self)
-        with tqdm(
-            total=total, unit=unit, desc=type(self).__name__, disable=not self.verbose
-        ) as bar:
+        name = " ".join([type(self).__name__, phase]).strip()
+        unit = "step" if phase else "sample"
+        with Progress(total, unit, name, self.verbose) as progress:
             for item in items:
                 task = context and context.subcontext(task_name="batch")
                 if task:
@@ -301,7 +304,7 @@ class BackboneEstimator(ParametersMixin, CallbackSupportMixin, BaseEstimator):
                 yield item
                 if task:
                     task.call_on_fit_task_end(estimator=self)
-                bar.update(len(item[0]) if unit == "sample" else 1)
+                progress.update(1 if phase else len(item[0]))
         if context:
             context.call_on_fit_task_end(estimator=self)
 

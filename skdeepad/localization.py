@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter, generate_binary_structure, grey_opening
+from scipy.ndimage import (
+    find_objects,
+    gaussian_filter,
+    generate_binary_structure,
+    grey_opening,
+    label,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -115,3 +121,27 @@ def fit_size(image_map: NDArray[np.float32], size: tuple[int, int]) -> NDArray[A
     smaller = size[0] < image_map.shape[0] or size[1] < image_map.shape[1]
     resized = F.interpolate(values, size=size, mode="bilinear", antialias=smaller)
     return resized[0, 0].numpy()
+
+
+def regions_above(image_map: NDArray[np.float32], level: float) -> list[dict[str, Any]]:
+    """List the connected regions in which a map exceeds a level.
+
+    Parameters
+    ----------
+    image_map : ndarray of float32, shape (height, width)
+    level : float
+
+    Returns
+    -------
+    list of dict
+        For each region its box ("top", "left", "bottom", "right"; the last two are
+        not in it), its "area" in pixels and its "peak".
+    """
+    numbers, _ = label(image_map > level, structure=np.ones((3, 3)))
+    regions = []
+    for number, (rows, columns) in enumerate(find_objects(numbers), 1):
+        inside = image_map[rows, columns][numbers[rows, columns] == number]
+        box = {"top": rows.start, "left": columns.start}
+        box |= {"bottom": rows.stop, "right": columns.stop}
+        regions.append({**box, "area": inside.size, "peak": float(inside.max())})
+    return regions

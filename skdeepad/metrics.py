@@ -154,7 +154,9 @@ def pixel_roc_auc_score(masks: Iterable[Any], maps: Iterable[Any]) -> float:
     Parameters
     ----------
     masks : array-like of shape (n_images, height, width), or iterable of masks
-        True, 1 or 255 where a pixel is anomalous; all 0 for a normal image.
+        True, 1 or 255 where a pixel is anomalous. Each may be an array, the path of an
+        image file, which is brought to the size of the map, or None for an image
+        without a defect, as in ``load_image_folder(root).masks_test``.
     maps : array-like of shape (n_images, height, width), or iterable of maps
         ``anomaly_map``: finite, higher is more anomalous. Images may differ in size;
         with an iterable only one of them needs to be in memory.
@@ -170,6 +172,8 @@ def pixel_roc_auc_score(masks: Iterable[Any], maps: Iterable[Any]) -> float:
     ------
     ValueError
         If a mask is not binary, a score is not finite, or shapes or numbers differ.
+    OSError
+        If the file of a mask cannot be read.
 
     See Also
     --------
@@ -199,7 +203,9 @@ def aupro_score(
     Parameters
     ----------
     masks : array-like of shape (n_images, height, width), or iterable of masks
-        True, 1 or 255 where a pixel is anomalous; all 0 for a normal image.
+        True, 1 or 255 where a pixel is anomalous. Each may be an array, the path of an
+        image file, which is brought to the size of the map, or None for an image
+        without a defect, as in ``load_image_folder(root).masks_test``.
     maps : array-like of shape (n_images, height, width), or iterable of maps
         ``anomaly_map``: finite, higher is more anomalous. Images may differ in size;
         with an iterable only one of them needs to be in memory.
@@ -218,6 +224,8 @@ def aupro_score(
     ValueError
         If a mask is not binary, a score is not finite, shapes or numbers differ, or
         `max_fpr` is out of range.
+    OSError
+        If the file of a mask cannot be read.
 
     References
     ----------
@@ -272,24 +280,19 @@ def _pixel_area(
 
 
 def _check_map(given: Any, scored: Any, i: int) -> tuple[NDArray[np.bool_], Any]:
-    mask, score = np.asarray(given), np.asarray(scored, dtype=np.float32)
-    if mask.ndim != 2 or mask.shape != score.shape:
+    from .inputs import read_mask  # imports torch
+
+    score = np.asarray(scored, dtype=np.float32)
+    if score.ndim != 2:
         raise ValueError(
-            f"masks[{i}] has shape {mask.shape} and maps[{i}] has shape {score.shape}; "
-            "both must be (height, width) of the image."
-        )
-    values = set(np.unique(mask).tolist())
-    if not (values <= {0, 1} or values <= {0, 255}):
-        raise ValueError(
-            f"masks[{i}] must hold 0 and 1 (or 255) only. Threshold it halfway, after "
-            "resizing it, for example mask > 127."
+            f"maps[{i}] has shape {score.shape}, but must be (height, width)."
         )
     if not np.isfinite(score).all():
         raise ValueError(
             f"maps[{i}] holds values that are not finite. Leave out images that "
             "could not be read."
         )
-    return mask > 0, score
+    return read_mask(given, score.shape, f"masks[{i}]"), score
 
 
 def _order_bits(score: NDArray[np.float32]) -> NDArray[np.uint32]:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from sklearn.base import clone
 from sklearn.model_selection import KFold
 from sklearn.utils import _safe_indexing, check_consistent_length
 
 from skdeepad.datasets import make_pseudo_anomalies
 from skdeepad.metrics import _check_labels, anomaly_roc_auc_score
 
-__all__ = ["OneClassKFold", "PseudoAnomalyScorer"]
+__all__ = ["OneClassKFold", "PseudoAnomalyScorer", "compare_detectors"]
 
 
 class OneClassKFold(KFold):
@@ -239,3 +241,148 @@ class PseudoAnomalyScorer:
                     ]
                 )
             )
+
+
+def compare_detectors(
+    detectors: Mapping[str, Any],
+    X_train: Any,
+    X_test: Any,
+    y_test: ArrayLike,
+    *,
+    y_train: ArrayLike | None = None,
+    kinds_test: ArrayLike | None = None,
+    n_seeds: int = 3,
+) -> Any:
+    """Fit detectors from several seeds, and tell how well each kind of defect is found.
+
+    Parameters
+    ----------
+    detectors : mapping of str to estimator
+        Outlier detectors by name: this package's, pipelines, scikit-learn's. They are
+        cloned; every ``random_state`` in them is set to the seed.
+    X_train : array-like or sequence of paths
+        Training samples, in any form that all of them take.
+    X_test : array-like or sequence of paths
+        Test samples.
+    y_test : array-like of shape (n_test,)
+        +1 for normal samples, -1 for anomalies; some of both.
+    y_train : array-like of shape (n_train,), default=None
+        +1 for normal samples, -1 for known anomalies, for detectors that learn from
+        them. None: all are normal.
+    kinds_test : array-like of str, shape (n_test,), default=None
+        The kind of each anomaly, such as "scratch"; those of normal samples do not
+        matter. None: all are of one kind.
+    n_seeds : int, default=3
+        How often each detector is fitted, with the seeds 0, 1, ...
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row for each detector, seed and kind of anomaly, and one for all kinds.
+
+        detector : str
+            Its name.
+        seed : int
+            The ``random_state``.
+        kind : str
+            The kind of anomaly; "all" for all of them.
+        auroc : float
+            `skdeepad.metrics.anomaly_roc_auc_score`, of this kind against the normal
+            samples.
+        found : float
+            Share of the anomalies below the threshold.
+        false_alarms : float
+            Share of the normal samples below the threshold.
+        fit_seconds, score_seconds : float
+            Of `X_train` and of all of `X_test`.
+
+        Samples without a score (unreadable files that are skipped) are left out.
+
+    Raises
+    ------
+    ImportError
+        If pandas is not installed.
+    ValueError
+        If `y_test` has other labels or one kind only, if lengths differ, or if
+        `n_seeds` is less than 1.
+
+    See Also
+    --------
+    skdeepad.inspection.DetectorComparisonDisplay : Draws it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sklearn.ensemble import IsolationForest
+    >>> from skdeepad import KNNScorer, compare_detectors
+    >>> rng = np.random.default_rng(0)
+    >>> X_train, X_test = rng.normal(size=(100, 3)), rng.normal(size=(60, 3))
+    >>> y_test = np.where(np.arange(60) < 40, 1, -1)
+    >>> X_test[y_test == -1] += 4
+    >>> detectors = {"knn": KNNScorer(), "forest": IsolationForest()}
+    >>> table = compare_detectors(detectors, X_train, X_test, y_test, n_seeds=2)
+    >>> table.groupby("detector", sort=False)["auroc"].mean().round(2).to_dict()
+    {'knn': 1.0, 'forest': 1.0}
+    """
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise ImportError(
+            "compare_detectors gives a pandas.DataFrame. Install pandas: "
+            "pip install pandas."
+        ) from error
+    is_anomaly = _check_labels(y_test)
+    if is_anomaly.all() or not is_anomaly.any():
+        raise ValueError("y_test must hold normal samples (+1) and anomalies (-1).")
+    if n_seeds < 1:
+        raise ValueError(f"n_seeds={n_seeds} must be 1 at least.")
+    check_consistent_length(is_anomaly, kinds_test)
+    of_kind = {"all": is_anomaly}
+    if kinds_test is not None:
+        kinds = np.asarray(kinds_test).astype(str)
+        names = np.unique(kinds[is_anomaly]).tolist()
+        of_kind |= {name: is_anomaly & (kinds == name) for name in names}
+    rows = []
+    for name, detector in detectors.items():
+        for seed in range(n_seeds):
+            decision, seconds = _timed_decision(
+                _with_seed(detector, seed), X_train, y_train, X_test
+            )
+            scored = ~np.isnan(decision)
+            flagged = decision < 0
+            normal = scored & ~is_anomaly
+            for kind, anomalies in of_kind.items():
+                found = scored & anomalies
+                judged = normal | found
+                labels = np.where(is_anomaly, -1, 1)[judged]
+                rows.append(
+                    {
+                        "detector": name,
+                        "seed": seed,
+                        "kind": kind,
+                        "auroc": anomaly_roc_auc_score(labels, decision[judged]),
+                        "found": flagged[found].mean(),
+                        "false_alarms": flagged[normal].mean(),
+                        **seconds,
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def _with_seed(detector: Any, seed: int) -> Any:
+    """Clone a detector, and seed all that is random in it."""
+    detector = clone(detector)
+    names = [n for n in detector.get_params() if f"__{n}".endswith("__random_state")]
+    return detector.set_params(**dict.fromkeys(names, seed))
+
+
+def _timed_decision(
+    detector: Any, X_train: Any, y_train: ArrayLike | None, X_test: Any
+) -> tuple[NDArray[np.float64], dict[str, float]]:
+    """Fit a detector, and score with it; say how many seconds both take."""
+    start = perf_counter()
+    detector.fit(X_train, y_train)
+    fitted = perf_counter()
+    decision = np.asarray(detector.decision_function(X_test), dtype=np.float64)
+    seconds = {"fit_seconds": fitted - start, "score_seconds": perf_counter() - fitted}
+    return decision, seconds

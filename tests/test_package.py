@@ -61,16 +61,21 @@ METHODS = {
 # Imports run downwards only: each room stands on rooms of the lines below it.
 HOUSE = [
     ("extension", "persistence", "representation"),
-    ("detectors", "inspection"),
+    ("detectors",),
     ("features", "fisher", "localization"),
     ("cache", "inference", "scorers"),
     ("frozen",),
     ("augmentation", "backbones", "base", "objectives", "training"),
     ("draws", "inputs"),
-    ("checks", "parameters"),
+    ("checks", "parameters", "progress"),
 ]
 # around the estimators, which know nothing of them; on the same ground
-BESIDE = [("model_selection",), ("datasets", "metrics"), ("inputs",), ("checks",)]
+BESIDE = [
+    ("inspection", "model_selection"),
+    ("datasets", "metrics"),
+    ("inputs",),
+    ("checks",),
+]
 
 
 # importing

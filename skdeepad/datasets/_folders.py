@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,8 @@ def load_image_folder(root: str | os.PathLike[str]) -> Bunch:
         kinds_test : ndarray of shape (n_test,), object
             Name of the folder of each test image, such as "good".
         masks_test : ndarray of shape (n_test,), object
-            Path (str) of the mask, or None where there is none.
+            Path (str) of the mask, or None where there is none. The pixel metrics and
+            `AnomalyMapDisplay` take these as they are.
 
     Raises
     ------
@@ -69,6 +71,11 @@ def load_image_folder(root: str | os.PathLike[str]) -> Bunch:
         If ``root/train/good`` or ``root/test`` is missing.
     ValueError
         If one of the two has no image.
+
+    Warns
+    -----
+    UserWarning
+        If some defective images have masks and others have none.
 
     References
     ----------
@@ -118,10 +125,24 @@ def load_image_folder(root: str | os.PathLike[str]) -> Bunch:
                 f"{', '.join(sorted(_EXTENSIONS))}."
             )
     kinds_test = np.array([path.parent.name for path in test], dtype=object)
+    y_test = np.where(kinds_test == "good", 1, -1)
+    without = [
+        path
+        for path, mask, label in zip(test, masks, y_test, strict=True)
+        if mask is None and label == -1
+    ]
+    if without and any(masks):
+        warnings.warn(
+            f"{len(without)} defective images have no mask in {str(root)!r}, the first "
+            f"is {str(without[0])!r}. Pixel metrics would count all their pixels as "
+            "good: add the masks, or leave these images out of pixel metrics.",
+            UserWarning,
+            stacklevel=3,
+        )
     return Bunch(
         paths_train=np.array([str(path) for path in train], dtype=object),
         paths_test=np.array([str(path) for path in test], dtype=object),
-        y_test=np.where(kinds_test == "good", 1, -1),
+        y_test=y_test,
         kinds_test=kinds_test,
         masks_test=np.array(masks, dtype=object),
     )

@@ -218,6 +218,7 @@ class TrainedDetector(BackboneDetector):
         n_steps: int,
         seed: int,
         clip_norm: float | None = None,
+        phase: str = "training",
     ) -> Iterator[float]:
         """Take a step for each loss, and give the loss; say so if training diverges."""
         # what a network draws in training: dropout
@@ -225,7 +226,7 @@ class TrainedDetector(BackboneDetector):
         steps = train(optimizer, drawn, clip_norm=clip_norm)
         n_taken = 0
         try:
-            for loss in self._track(steps, n_steps, fitting=True, unit="step"):
+            for loss in self._track(steps, n_steps, fitting=True, phase=phase):
                 n_taken += 1
                 yield loss
         except DivergedError as error:

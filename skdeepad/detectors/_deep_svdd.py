@@ -61,7 +61,8 @@ class SphereDetector(ObjectiveDetector):
     pretrain_weight_decay : float, default=0.0005
         Of Adam, for the autoencoder.
     max_steps : int, default=1000
-        Number of mini-batches for the objective. The paper: 150 epochs.
+        Number of mini-batches for the objective, after those of `pretrain_steps`,
+        which take longer. The paper: 150 epochs.
     learning_rate : float, default=0.001
         Of Adam, for both. The paper's is 0.0001.
     milestones : sequence of float, default=(2 / 3,)
@@ -202,6 +203,7 @@ class SphereDetector(ObjectiveDetector):
             rng,
             modules=[network.stages, decoder],
             weight_decay=self.pretrain_weight_decay,
+            phase="pretraining",
         )
 
     def _squared(self, outputs: Tensor) -> Tensor:

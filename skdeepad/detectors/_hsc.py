@@ -250,7 +250,7 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
         self.n_iter_ = len(self.loss_curve_)
         self._freeze_network()
         if self.contamination is None:
-            self._held_out = None
+            self._held_out = self._threshold_scores = None
             self.offset_ = -math.log(2) if self.objective == "hsc" else 0.0
             found = self._scored_outputs(outputs, rows[:N_CHECKED])
             self._warn_of_collapse(self._score(found))

@@ -12,7 +12,8 @@ from sklearn.utils._param_validation import Interval
 
 from ..base import AnomalyDetector, threshold_below
 from ..features import BackboneEstimator
-from ..localization import fit_size, refine
+from ..inputs import ImagePaths
+from ..localization import fit_size, refine, regions_above
 
 
 class AnomalyMapMixin(AnomalyDetector, BackboneEstimator):
@@ -71,26 +72,108 @@ class AnomalyMapMixin(AnomalyDetector, BackboneEstimator):
         """
         inputs: Any = self._check_inputs(X)
         self._check_maps()
-        maps = self._maps(inputs)
+        size: Any = self.image_size_
+        maps = [np.full(size, np.nan, np.float32) for _ in range(len(inputs))]
+        for i, found in self._maps(inputs):
+            maps[i] = found
         same_size = len({found.shape for found in maps}) == 1
         return np.stack(maps) if same_size else maps
+
+    def locate(self, X: Any) -> Any:
+        """List the regions of anomalous images where the map exceeds `map_offset_`.
+
+        Parameters
+        ----------
+        X : array-like or sequence of paths
+            Images, in any form that `fit` takes.
+
+        Returns
+        -------
+        pandas.DataFrame
+            One row for each region of an image that `predict` calls an anomaly, the
+            highest peak of each image first. Other images have no row.
+
+            position : int
+                Of the image in X.
+            file : str
+                Its path, where X holds paths.
+            decision : float
+                Of the image, by ``decision_function``: negative.
+            p_value : float
+                Of the image, where the detector has ``p_values``.
+            top, left, bottom, right : int
+                The region's box in pixels, from row ``top`` to row ``bottom - 1``.
+            area : int
+                Number of pixels of the region (connected, diagonals included).
+            peak : float
+                The largest value of the map in it.
+
+        Raises
+        ------
+        ImportError
+            If pandas is not installed.
+        ValueError
+            If the detector has no maps, or has learnt no threshold for them.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError(
+                "locate gives a pandas.DataFrame. Install pandas: pip install pandas."
+            ) from error
+        inputs: Any = self._check_inputs(X)
+        self._check_maps()
+        level = getattr(self, "map_offset_", np.nan)  # files of 0.1.0 have none
+        if np.isnan(level):
+            raise ValueError(
+                "No threshold was learnt for these maps (map_offset_ is NaN), so there "
+                "are no regions to list. Use anomaly_map, or fit a detector whose "
+                "map_offset_ is a number, such as KDClonerEstimator() by default."
+            )
+        of_images: dict[str, Any] = {"decision": self.decision_function(X)}
+        flagged = np.flatnonzero(of_images["decision"] < 0)
+        if hasattr(self, "p_values"):
+            of_images["p_value"] = self.p_values(X)
+        if isinstance(inputs, ImagePaths):
+            of_images = {"file": inputs.rows.astype(str), **of_images}
+        rows = [
+            {
+                "position": flagged[i],
+                **{name: values[flagged[i]] for name, values in of_images.items()},
+                **region,
+            }
+            for i, found in self._maps(inputs.take(flagged))
+            for region in sorted(regions_above(found, level), key=lambda r: -r["peak"])
+        ]
+        box = ("top", "left", "bottom", "right", "area", "peak")
+        return pd.DataFrame(rows, columns=["position", *of_images, *box])
 
     def _check_maps(self) -> None:
         """Raise an error if there are no maps."""
         if self.image_size_ is None:
             raise ValueError("anomaly_map is for images; the backbone takes vectors.")
 
-    def _maps(self, inputs: Any) -> list[NDArray[np.float32]]:
+    def _maps(self, inputs: Any) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Give positions of images that can be read, and their maps."""
         size: Any = self.image_size_
-        maps = [np.full(size, np.nan, np.float32) for _ in range(len(inputs))]
         for index, scores in self._position_scores(inputs):
             at_size = np.stack([fit_size(found, size) for found in scores])
             refined = refine(at_size, self.sigma, self.opening)
             for i, found in zip(index, refined, strict=True):
-                maps[i] = fit_size(found, inputs.size(i))
-        return maps
+                yield int(i), fit_size(found, inputs.size(i))
 
     def _learn_map_offset(self, held_out: Any) -> None:
         """Set the threshold on maps by the maps of images held out of training."""
-        largest = np.array([np.max(found) for found in self._maps(held_out)])
-        self.map_offset_ = -threshold_below(-largest, self.contamination)
+        self._map_peaks = np.array([np.max(found) for _, found in self._maps(held_out)])
+        self._set_map_offset()
+
+    def _set_map_offset(self) -> None:
+        self.map_offset_ = -threshold_below(-self._map_peaks, self.contamination)
+
+    def _recalibrate(self, X_good: Any) -> None:
+        super()._recalibrate(X_good)
+        if not np.isnan(getattr(self, "map_offset_", np.nan)):
+            if X_good is not None:
+                self._learn_map_offset(self._check_inputs(X_good))
+            else:
+                self._set_map_offset()

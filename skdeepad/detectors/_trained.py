@@ -265,6 +265,7 @@ class ObjectiveDetector(TrainedDetector):
         modules: Iterable[nn.Module],
         weight_decay: float,
         undecayed: Iterable[Tensor] = (),
+        phase: str = "training",
     ) -> NDArray[np.float64]:
         """Take one step for each loss, with all weights of these modules."""
         weights = [p for m in modules for p in m.requires_grad_(True).parameters()]
@@ -286,7 +287,8 @@ class ObjectiveDetector(TrainedDetector):
             optimizer, steps, MILESTONE_DECAY
         )
         curve = []
-        for loss in self._take_steps(optimizer, losses, n_steps, draw_seed(rng)):
+        seed = draw_seed(rng)
+        for loss in self._take_steps(optimizer, losses, n_steps, seed, phase=phase):
             curve.append(loss)
             schedule.step()
         return np.array(curve)

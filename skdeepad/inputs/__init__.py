@@ -9,6 +9,7 @@ from ._inputs import (
     check_size,
     chunks,
 )
+from ._masks import read_mask
 
 __all__ = [
     "Batch",
@@ -19,4 +20,5 @@ __all__ = [
     "check_size",
     "chunks",
     "load_batches",
+    "read_mask",
 ]

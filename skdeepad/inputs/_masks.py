@@ -1,0 +1,62 @@
+"""Masks of defects: arrays, files or None -> boolean arrays at the size of a map."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from ._decode import read_image
+
+
+def read_mask(mask: Any, size: tuple[int, int], name: str = "mask") -> NDArray[Any]:
+    """Tell which pixels of an image are anomalous.
+
+    Parameters
+    ----------
+    mask : array-like of shape (height, width), str, path-like or None
+        True, 1 or 255 where a pixel is anomalous; the path of such an image, which is
+        brought to `size` (nearest neighbour); or None for an image without a defect.
+    size : (int, int)
+        Height and width of the image.
+    name : str, default="mask"
+        How errors call it.
+
+    Returns
+    -------
+    ndarray of bool, shape `size`
+
+    Raises
+    ------
+    ValueError
+        If an array has another shape, or values that are not binary.
+    OSError
+        If a file cannot be read.
+    """
+    if mask is None:
+        return np.zeros(size, dtype=bool)
+    if isinstance(mask, str | os.PathLike):
+        try:
+            pixels = read_image(mask, channels=1)
+        except OSError as error:
+            raise type(error)(f"{name}={os.fspath(mask)!r}: {error}") from error
+        white: Any = pixels > pixels.max() / 2  # 1 or 255; JPEG files are not binary
+        resized = F.interpolate(white[None].to(torch.uint8), size, mode="nearest-exact")
+        return resized[0, 0].numpy().astype(bool)
+    array = np.asarray(mask)
+    if array.shape != tuple(size):
+        raise ValueError(
+            f"{name} has shape {array.shape}, but its image (or map) has height and "
+            f"width {tuple(size)}. Pass an array of that shape, a path, or None."
+        )
+    values = set(np.unique(array).tolist())
+    if not (values <= {0, 1} or values <= {0, 255}):
+        raise ValueError(
+            f"{name} must hold 0 and 1 (or 255) only. Threshold it halfway, after "
+            "resizing it, for example mask > 127."
+        )
+    return array > 0
