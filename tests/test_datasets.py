@@ -393,7 +393,8 @@ def test_image_folder(tmp_path):
         "ground_truth/crack/001.png",
         "ground_truth/crack/0020_mask.png",
     )
-    data = load_image_folder(tmp_path)
+    with pytest.warns(UserWarning, match=r"2 defective images have no mask.*002.TIFF"):
+        data = load_image_folder(tmp_path)
 
     def relative(paths):
         assert paths.dtype == object

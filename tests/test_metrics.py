@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from scipy.ndimage import gaussian_filter, label
 from scipy.stats import mannwhitneyu
 from sklearn.base import OutlierMixin
@@ -331,6 +332,29 @@ def test_maps_are_taken_in_every_form(metric):
 
 
 @pytest.mark.parametrize("metric", [pixel_roc_auc_score, aupro_score])
+def test_masks_may_be_files_or_none(metric, tmp_path):
+    masks, maps = smooth_maps()
+    assert not masks[0].any()
+    mixed = [None, *masks[1:]]
+    wanted = metric(masks, maps)
+    assert metric(mixed, maps) == wanted
+    # of the values 0 and 255, 0 and 1, of lossy files, of colours, of two sizes
+    Image.fromarray(masks[1] * np.uint8(255)).save(tmp_path / "1.png")
+    Image.fromarray(masks[2] * np.uint8(1)).save(tmp_path / "2.png")
+    smooth = np.kron(masks[3], np.ones((8, 8))) * 255
+    Image.fromarray(smooth.astype(np.uint8)).save(tmp_path / "3.jpg", quality=95)
+    red = np.stack([masks[4] * 255, 0 * masks[4], 0 * masks[4]], axis=-1)
+    Image.fromarray(red.astype(np.uint8)).save(tmp_path / "4.bmp")
+    Image.fromarray(masks[5]).save(tmp_path / "5.png")
+    names = ["1.png", "2.png", "3.jpg", "4.bmp", "5.png"]
+    mixed[1:] = [tmp_path / names[0], *(str(tmp_path / name) for name in names[1:])]
+    assert metric(np.array(mixed, dtype=object), maps) == wanted
+    mixed[3] = tmp_path / "nowhere.png"
+    with pytest.raises(FileNotFoundError, match=r"masks\[3\]='.*nowhere.png'"):
+        metric(mixed, maps)
+
+
+@pytest.mark.parametrize("metric", [pixel_roc_auc_score, aupro_score])
 def test_wrong_maps_are_told(metric):
     masks, maps = smooth_maps()
     with pytest.raises(ValueError, match=r"masks\[1\] must hold 0 and 1"):
@@ -339,6 +363,8 @@ def test_wrong_maps_are_told(metric):
         metric(masks[:, 1:], maps)
     with pytest.raises(ValueError, match=r"shorter|longer"):
         metric(masks[1:], maps)
+    with pytest.raises(ValueError, match=r"maps\[0\] has shape \(40,\)"):
+        metric(masks, maps[0])
     maps[2, 0, 0] = np.nan
     with pytest.raises(ValueError, match=r"maps\[2\] holds values"):
         metric(masks, maps)

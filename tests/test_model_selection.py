@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,10 +20,13 @@ from sklearn.model_selection import (
     cross_val_predict,
     cross_val_score,
 )
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from sklearn.svm import OneClassSVM
 
-from skdeepad.metrics import anomaly_roc_auc
-from skdeepad.model_selection import OneClassKFold
+from skdeepad import DeepSVDD, KNNScorer
+from skdeepad.metrics import anomaly_roc_auc, anomaly_roc_auc_score
+from skdeepad.model_selection import OneClassKFold, compare_detectors
 
 
 @settings(deadline=None, max_examples=60)
@@ -178,3 +183,84 @@ def test_few_anomalies_leave_no_fold_undefined(data):
     assert np.isfinite(cross_val_score(Spy(), X[few], y[few], **run)).all()
     with pytest.warns(UndefinedMetricWarning):
         assert np.isnan(cross_val_score(Spy(), X[y == 1], y[y == 1], **run)).all()
+
+
+# comparing detectors
+
+
+@pytest.fixture
+def groups_of_points():
+    rng = np.random.default_rng(0)
+    X_train, X_test = rng.normal(size=(60, 4)), rng.normal(size=(50, 4))
+    kinds = np.repeat(["good", "near", "far"], [30, 10, 10])
+    X_test[30:] += np.repeat([[1.0], [4.0]], 10, axis=0)
+    return X_train, X_test, np.where(kinds == "good", 1, -1), kinds
+
+
+def test_comparison_gives_a_row_for_each_detector_seed_and_kind(groups_of_points):
+    X_train, X_test, y_test, kinds = groups_of_points
+    detectors = {
+        "knn": KNNScorer(),
+        "forest": IsolationForest(n_estimators=20, contamination=0.1),
+        "svdd": make_pipeline(
+            StandardScaler(), DeepSVDD(pretrain_steps=0, max_steps=2)
+        ),
+    }
+    table = compare_detectors(
+        detectors, X_train, X_test, y_test, kinds_test=kinds, n_seeds=2
+    )
+    assert list(table.columns) == [
+        *("detector", "seed", "kind", "auroc", "found", "false_alarms"),
+        *("fit_seconds", "score_seconds"),
+    ]
+    rows = table.set_index(["detector", "seed", "kind"])
+    assert len(rows) == 3 * 2 * 3
+    for name, detector in detectors.items():
+        for seed in range(2):
+            names = [n for n in detector.get_params() if n.endswith("random_state")]
+            fitted = clone(detector).set_params(**dict.fromkeys(names, seed))
+            decision = fitted.fit(X_train).decision_function(X_test)
+            for kind in ("all", "near", "far"):
+                row = rows.loc[(name, seed, kind)]
+                some = (kinds == kind) | (kinds == "good") | (kind == "all")
+                wanted = anomaly_roc_auc_score(y_test[some], decision[some])
+                assert row["auroc"] == wanted
+                flagged = fitted.predict(X_test) == -1
+                assert row["found"] == flagged[some & (y_test == -1)].mean()
+                assert row["false_alarms"] == flagged[:30].mean()
+                assert row["fit_seconds"] > 0
+    forest = table[(table["detector"] == "forest") & (table["kind"] == "all")]
+    assert forest["auroc"].nunique() == 2  # each seed counts
+    assert clone(detectors["forest"]).random_state is None  # left as it was
+
+
+def test_comparison_tells_what_it_cannot_compare(groups_of_points, monkeypatch):
+    X_train, X_test, y_test, _ = groups_of_points
+    knn = {"knn": KNNScorer()}
+    with pytest.raises(ValueError, match=r"normal samples \(\+1\) and anomalies"):
+        compare_detectors(knn, X_train, X_test, np.ones(50))
+    with pytest.raises(ValueError, match=r"y must be \+1"):
+        compare_detectors(knn, X_train, X_test, y_test == -1)
+    with pytest.raises(ValueError, match="n_seeds=0"):
+        compare_detectors(knn, X_train, X_test, y_test, n_seeds=0)
+    with pytest.raises(ValueError, match="inconsistent"):
+        compare_detectors(knn, X_train, X_test, y_test, kinds_test=["a"])
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="pip install pandas"):
+        compare_detectors(knn, X_train, X_test, y_test)
+
+
+def test_comparison_leaves_out_samples_without_a_score(groups_of_points):
+    class Skipping(KNNScorer):
+        def score_samples(self, X):
+            scores = super().score_samples(X)
+            scores[[0, -1]] = np.nan
+            return scores
+
+    X_train, X_test, y_test, _ = groups_of_points
+    skipped = compare_detectors({"a": Skipping()}, X_train, X_test, y_test, n_seeds=1)
+    fewer = compare_detectors(
+        {"a": KNNScorer()}, X_train, X_test[1:-1], y_test[1:-1], n_seeds=1
+    )
+    columns = ["auroc", "found", "false_alarms"]
+    pd.testing.assert_frame_equal(skipped[columns], fewer[columns])

@@ -82,11 +82,6 @@ class AnomalyMapMixin(AnomalyDetector, BackboneEstimator):
     def locate(self, X: Any) -> Any:
         """List the regions of anomalous images where the map exceeds `map_offset_`.
 
-        Parameters
-        ----------
-        X : array-like or sequence of paths
-            Images, in any form that `fit` takes.
-
         Returns
         -------
         pandas.DataFrame
@@ -164,7 +159,8 @@ class AnomalyMapMixin(AnomalyDetector, BackboneEstimator):
 
     def _learn_map_offset(self, held_out: Any) -> None:
         """Set the threshold on maps by the maps of images held out of training."""
-        self._map_peaks = np.array([np.max(found) for _, found in self._maps(held_out)])
+        peaks = [float(np.max(found)) for _, found in self._maps(held_out)]
+        self._map_peaks = np.array(peaks)
         self._set_map_offset()
 
     def _set_map_offset(self) -> None:

@@ -231,7 +231,7 @@ default=None
             raise ValueError(f"page={page} must be from 0 to {self.n_pages - 1}.")
         shown = range(len(self.images))[page * PER_PAGE : (page + 1) * PER_PAGE]
         if axes is None:
-            size = (7.2, 2.3 * len(shown) + 0.3)
+            size = (6.6, 2.1 * len(shown) + 0.3)
             _, axes = plt.subplots(
                 len(shown), 3, figsize=size, squeeze=False, layout="constrained"
             )
@@ -250,7 +250,7 @@ default=None
             ax=list(self.axes_.flat),
             extend="neither" if self.level is None else "max",
             label="anomaly map",
-            shrink=min(1.0, 4 / len(shown)),
+            aspect=30,
         )
         if self.level is not None:
             bar.ax.axhline(self.level, color="white")
