@@ -17,6 +17,9 @@ SECTIONS = (
 MERGED = ("Parameters", "Attributes", "Raises", "Warns")  # entry by entry
 FIRST = ("score_samples", "fit")  # methods whose X, y and groups others take, too
 INHERITED = ("Returns",)  # as a whole, where a method does not say it itself
+# parameters that most users set; signatures, documents and HTML give them first
+EVERYDAY = ("image_size", "stages", "max_steps", "contamination")
+EVERYDAY += ("random_state", "memory", "verbose")
 
 
 @dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(field,))
@@ -26,8 +29,8 @@ class ParametersMixin:
     A subclass declares its own parameters as fields of a dataclass, their constraints
     in ``_parameter_constraints``, and documents them and its attributes in the
     docstring. Those of its bases are added: to the signature, the constraints, and
-    the docstring, where its own come first. A parameter that is declared or documented
-    again replaces the inherited one. Methods inherit documentation in the same way.
+    the docstring, where `EVERYDAY` ones come first, then its own. A parameter that is
+    declared or documented again replaces the inherited one. Methods inherit documentation in the same way.
     """
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {}
@@ -59,13 +62,15 @@ class ParametersMixin:
 
 
 def _order_signature(cls: type) -> None:
-    """Put a class's own parameters before those of its bases."""
+    """Put everyday parameters first, then a class's own before those of its bases."""
     declared = [vars(base).get("__annotations__", {}) for base in cls.__mro__]
     names = list(dict.fromkeys(name for found in declared for name in found))
 
-    def place(parameter: inspect.Parameter) -> tuple[int, int]:
+    def place(parameter: inspect.Parameter) -> tuple[int, int, int]:
         name = parameter.name  # "self", or of an __init__ that is written out
-        return parameter.kind, names.index(name) if name in names else -1
+        if name in EVERYDAY:
+            return parameter.kind, 0, EVERYDAY.index(name)
+        return parameter.kind, 1, names.index(name) if name in names else -1
 
     init: Any = cls.__init__  # type: ignore[misc]
     signature = inspect.signature(init)

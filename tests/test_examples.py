@@ -11,7 +11,7 @@ from PIL import Image
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PICTURES = {
-    "folder_to_decision": ["folder_to_decision_0.png"],
+    "folder_to_decision": ["folder_to_decision.png"],
     "scikit_learn_tour": ["scikit_learn_tour.png"],
     "compare_methods": ["compare_methods.png", "compare_methods_loss.png"],
 }

@@ -250,7 +250,7 @@ default=None
             ax=list(self.axes_.flat),
             extend="neither" if self.level is None else "max",
             label="anomaly map",
-            aspect=30,
+            aspect=8 * len(shown),
         )
         if self.level is not None:
             bar.ax.axhline(self.level, color="white")
