@@ -18,8 +18,10 @@ MERGED = ("Parameters", "Attributes", "Raises", "Warns")  # entry by entry
 FIRST = ("score_samples", "fit")  # methods whose X, y and groups others take, too
 INHERITED = ("Returns",)  # as a whole, where a method does not say it itself
 # parameters that most users set; signatures, documents and HTML give them first
-EVERYDAY = ("image_size", "stages", "max_steps", "contamination")
-EVERYDAY += ("random_state", "memory", "verbose")
+EVERYDAY = (
+    *("image_size", "stages", "max_steps", "contamination"),
+    *("random_state", "memory", "verbose"),
+)
 
 
 @dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(field,))
@@ -30,7 +32,8 @@ class ParametersMixin:
     in ``_parameter_constraints``, and documents them and its attributes in the
     docstring. Those of its bases are added: to the signature, the constraints, and
     the docstring, where `EVERYDAY` ones come first, then its own. A parameter that is
-    declared or documented again replaces the inherited one. Methods inherit documentation in the same way.
+    declared or documented again replaces the inherited one. Methods inherit
+    documentation in the same way.
     """
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {}
