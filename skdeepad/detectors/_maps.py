@@ -146,7 +146,7 @@ class AnomalyMapMixin(AnomalyDetector, BackboneEstimator):
     def _check_maps(self) -> None:
         """Raise an error if there are no maps."""
         if self.image_size_ is None:
-            raise ValueError("anomaly_map is for images; the backbone takes vectors.")
+            raise ValueError("Maps are for images, but the backbone takes vectors.")
 
     def _maps(self, inputs: Any) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Give positions of images that can be read, and their maps."""
