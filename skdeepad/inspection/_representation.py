@@ -82,7 +82,7 @@ class RepresentationDisplay:
 
         if "kd_auroc" not in self.table:
             raise ValueError(
-                "table has no 'kd_auroc': make it with anomalies, "
+                "table has no column 'kd_auroc'. Compute it with anomalies: "
                 "compare_representations(backbones, X, X_anomalous)."
             )
         if axes is None:
