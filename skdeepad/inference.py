@@ -163,9 +163,13 @@ class FeaturePass:
                 outputs = self._outputs(self.backbone, torch.zeros(1, *shape))
                 return [tuple(output.shape[1:]) for output in outputs]
         except (RuntimeError, TypeError, AttributeError) as error:
+            size = self.backbone.input_size
+            hint = "Check image_size, image_shape and the backbone."
+            if size and self.image_size and tuple(size) != tuple(self.image_size):
+                hint = f"Its own size is image_size={size}."
             raise ValueError(
-                f"The backbone fails on samples of shape {shape}: {error}. Check "
-                "image_size, image_shape and backbone."
+                f"The backbone cannot take samples of shape {shape}: "
+                f"{shorten(str(error))}. {hint}"
             ) from error
 
     def load(
@@ -456,12 +460,11 @@ def _compute(
 def _report_unreadable(inputs: Any, failed: dict[int, str], on_error: str) -> None:
     index = sorted(failed)
     message = (
-        f"{len(index)} of {len(inputs)} image files cannot be read: "
+        f"{len(index)} of {len(inputs)} images cannot be read: "
         f"{inputs.name(index)}. The first says: {failed[index[0]]}."
     )
     if on_error == "raise":
         raise ValueError(
-            f"{message} Repair or remove them, or set on_error='skip' to give them "
-            "NaN as a score."
+            f"{message} Repair or remove them, or set on_error='skip' to score them NaN."
         )
     warnings.warn(f"{message} They were skipped.", UserWarning, stacklevel=2)
