@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from .backbones import Backbone
 from .backbones._backbone import pool
+from .checks import shorten
 from .frozen import fingerprint, frozen_copy, remember
 from .inputs import Batch, Vectors, chunks, load_batches
 
@@ -162,11 +163,12 @@ class FeaturePass:
             with torch.inference_mode():
                 outputs = self._outputs(self.backbone, torch.zeros(1, *shape))
                 return [tuple(output.shape[1:]) for output in outputs]
-        except (RuntimeError, TypeError, AttributeError) as error:
+        except (RuntimeError, TypeError, AttributeError, AssertionError) as error:
             size = self.backbone.input_size
             hint = "Check image_size, image_shape and the backbone."
             if size and self.image_size and tuple(size) != tuple(self.image_size):
-                hint = f"Its own size is image_size={size}."
+                asked, own = self.image_size[0], tuple(size)[0]
+                hint = f"image_size={asked} was asked for; set image_size={own}."
             raise ValueError(
                 f"The backbone cannot take samples of shape {shape}: "
                 f"{shorten(str(error))}. {hint}"
@@ -465,6 +467,7 @@ def _report_unreadable(inputs: Any, failed: dict[int, str], on_error: str) -> No
     )
     if on_error == "raise":
         raise ValueError(
-            f"{message} Repair or remove them, or set on_error='skip' to score them NaN."
+            f"{message} Repair or remove them, or set on_error='skip', by which they "
+            "score NaN."
         )
     warnings.warn(f"{message} They were skipped.", UserWarning, stacklevel=2)
