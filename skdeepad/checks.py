@@ -73,8 +73,8 @@ def plain(X: Any) -> Any:
     if (i := next((i for i, x in enumerate(encoded) if x), None)) is not None:
         raise ValueError(
             f"X holds bytes (X[{i}]), which are neither paths nor pixels. Turn paths "
-            "into str (os.fsdecode); open images (PIL.Image.open(io.BytesIO(data))) and "
-            "pass them as arrays."
+            "into str (os.fsdecode); open images (PIL.Image.open(io.BytesIO(data))), "
+            "and pass them as arrays."
         )
     return X
 

@@ -167,7 +167,7 @@ class FeaturePass:
             size = self.backbone.input_size
             hint = "Check image_size, image_shape and the backbone."
             if size and self.image_size and tuple(size) != tuple(self.image_size):
-                asked, own = self.image_size[0], tuple(size)[0]
+                asked, own = self.image_size[0], next(iter(size))
                 hint = f"image_size={asked} was asked for; set image_size={own}."
             raise ValueError(
                 f"The backbone cannot take samples of shape {shape}: "

@@ -140,7 +140,7 @@ def test_groups_are_routed_to_the_splitter_and_to_fit():
         assert not set(groups[train]) & set(groups[test])
 
 
-@pytest.mark.parametrize("method", ["predict", "decision_function", "score_samples"])
+@pytest.mark.parametrize("method", ["predict", "decision_function"])
 def test_every_method_gives_out_of_fold_predictions(method, recwarn):
     from skdeepad import KNNScorer
 

@@ -66,11 +66,16 @@ HOUSE = [
     ("cache", "inference", "scorers"),
     ("frozen",),
     ("augmentation", "backbones", "base", "objectives", "training"),
-    ("draws", "inputs"),
-    ("checks", "parameters"),
+    ("draws", "inputs", "labels"),
+    ("checks", "files", "parameters"),
 ]
 # around the estimators, which know nothing of them; on the same ground
-BESIDE = [("model_selection",), ("datasets", "metrics"), ("inputs",), ("checks",)]
+BESIDE = [
+    ("model_selection",),
+    ("datasets", "metrics"),
+    ("inputs", "labels"),
+    ("checks", "files"),
+]
 
 
 # importing
