@@ -170,7 +170,7 @@ class FeaturePass:
                 asked, own = self.image_size[0], next(iter(size))
                 hint = f"image_size={asked} was asked for; set image_size={own}."
             raise ValueError(
-                f"The backbone cannot take samples of shape {shape}: "
+                f"The backbone fails on samples of shape {shape}: "
                 f"{shorten(str(error))}. {hint}"
             ) from error
 
@@ -467,7 +467,7 @@ def _report_unreadable(inputs: Any, failed: dict[int, str], on_error: str) -> No
     )
     if on_error == "raise":
         raise ValueError(
-            f"{message} Repair or remove them, or set on_error='skip', by which they "
-            "score NaN."
+            f"{message} Repair or remove them, or set on_error='skip' to give them "
+            "NaN as a score."
         )
     warnings.warn(f"{message} They were skipped.", UserWarning, stacklevel=2)

@@ -74,7 +74,7 @@ def numeric_labels(y: ArrayLike, n_samples: int) -> NDArray[np.float64]:
             "first, for example np.where(y == 'good', 1, -1)."
         ) from None
     if (labels == -1).all():
-        raise ValueError("y labels every row as an anomaly (-1): none is normal.")
+        raise ValueError("y labels every row as an anomaly (-1). Label normal rows +1.")
     return labels
 
 

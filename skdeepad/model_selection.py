@@ -127,8 +127,8 @@ class OneClassKFold(KFold):
         n_normal = len(np.unique(together[normal]))
         if n_normal < self.n_splits:
             raise ValueError(
-                f"n_splits={self.n_splits} needs as many normal rows (y == +1), or "
-                f"groups of them, got {n_normal}."
+                f"n_splits={self.n_splits} needs at least as many normal rows (y "
+                f"== +1), or groups of them, got {n_normal}."
             )
         # anomalies of a group that has normal rows, too, are tested with these
         alone = anomalous & ~np.isin(together, together[normal])

@@ -228,7 +228,7 @@ def oracle(
     """
     labels = np.asarray(y)
     if len(np.unique(is_anomaly(labels))) < 2:
-        raise ValueError("y must hold normal images (+1) and anomalies (-1).")
+        raise ValueError("y must label both normal images (+1) and anomalies (-1).")
     seed = draw_seed(check_random_state(options.get("random_state")))
     _, (known, new), _ = _features([X, X_test], backbone, stages, options)
     found = {}

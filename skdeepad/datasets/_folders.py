@@ -104,8 +104,8 @@ def load_image_folder(root: str | os.PathLike[str]) -> Bunch:
     for folder, images in ((train_folder, train), (test_folder, test)):
         if not images:
             raise ValueError(
-                f"There is no image in {str(folder)!r}; the extensions looked for "
-                f"are {', '.join(sorted(SUFFIXES))}."
+                f"There is no image in {str(folder)!r}. Files must end in "
+                f"{', '.join(sorted(SUFFIXES))}."
             )
     kinds_test = np.array([path.parent.name for path in test], dtype=object)
     return Bunch(
