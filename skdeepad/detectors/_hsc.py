@@ -383,8 +383,8 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
             normal, as with +1 and -1, and minus that where `normal_label` is
             ``classes_[0]``, so that ``scoring="roc_auc"`` is right for both.
         """
-        sign = 1 if self._normal == 1 else -1
-        return sign * (self.score_samples(X) - self.offset_)
+        scores = self.score_samples(X) - self.offset_
+        return scores if self._normal == 1 else -scores
 
     def predict(self, X: Any) -> NDArray[Any]:
         """Tell the class of images.
@@ -395,7 +395,8 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
             The normal label where ``score_samples`` is at least ``offset_``, the other
             elsewhere: for anomalies, and for files skipped by ``on_error="skip"``.
         """
-        normal = self.score_samples(X) >= self.offset_
+        scores = self.score_samples(X)
+        normal = scores >= self.offset_
         return self.classes_[np.where(normal, self._normal, 1 - self._normal)]
 
     def predict_proba(self, X: Any) -> NDArray[np.float64]:
