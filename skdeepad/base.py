@@ -20,6 +20,7 @@ from sklearn.utils import check_consistent_length, column_or_1d
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_is_fitted
 
+from .labels import known_normal, numeric_labels
 from .parameters import ParametersMixin
 
 __all__ = [
@@ -51,83 +52,6 @@ def seeded_clone(estimator: Any, rng: np.random.RandomState) -> Any:
         if f"__{name}".endswith("__random_state") and value is None
     ]
     return estimator.set_params(**{name: draw_seed(rng) for name in unseeded})
-
-
-def numeric_labels(y: ArrayLike, n_samples: int) -> NDArray[np.float64]:
-    """Check the labels of an outlier detector, whatever numbers they are.
-
-    Parameters
-    ----------
-    y : array-like of shape (n_samples,)
-    n_samples : int
-        The number of rows of X.
-
-    Returns
-    -------
-    ndarray of float64, shape (n_samples,)
-
-    Raises
-    ------
-    ValueError
-        If y is not numeric, has another length, or labels every row -1.
-    """
-    labelled: Any = column_or_1d(y)
-    check_consistent_length(labelled, np.empty(n_samples))
-    try:
-        labels = labelled.astype(np.float64)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"Unknown label type: y holds {labelled[0]!r}; an outlier detector takes "
-            "+1 for normal rows and -1 for anomalies. Map the labels first, "
-            "for example np.where(y == 'good', 1, -1)."
-        ) from None
-    if (labels == -1).all():
-        raise ValueError("y labels every row as an anomaly (-1). Label normal rows +1.")
-    return labels
-
-
-def known_normal(y: ArrayLike | None, n_samples: int) -> NDArray[np.bool_]:
-    """Tell which rows may be trained on.
-
-    Parameters
-    ----------
-    y : array-like of shape (n_samples,) or None
-        +1 for normal rows, -1 for known anomalies. Values that are neither do
-        not label anomalies (class numbers, say) and leave every row in.
-    n_samples : int
-        The number of rows of X.
-
-    Returns
-    -------
-    ndarray of bool, shape (n_samples,)
-        False where y is -1.
-
-    Raises
-    ------
-    ValueError
-        If y is not numeric, has another length, or labels no row as normal.
-
-    Warns
-    -----
-    UserWarning
-        If y holds 0 and 1 only: with those labels scikit-learn's ``roc_auc``
-        takes class 1 for the normal one, and is inverted when 1 marks anomalies.
-    """
-    if y is None:
-        return np.ones(n_samples, dtype=bool)
-    labelled = numeric_labels(y, n_samples)
-    labels = set(np.unique(labelled).tolist())
-    if labels <= {-1, 1}:
-        return labelled == 1
-    if labels <= {0, 1}:
-        warnings.warn(
-            "y holds 0 and 1, and is ignored: outlier detectors take +1 for normal "
-            "rows and -1 for anomalies. If 1 marks the anomalies, scoring='roc_auc' "
-            "is inverted; map the labels with np.where(y == 1, -1, 1).",
-            UserWarning,
-            stacklevel=3,
-        )
-    return np.ones(n_samples, dtype=bool)
 
 
 def check_groups(groups: ArrayLike | None, n_samples: int) -> NDArray[Any] | None:
@@ -202,6 +126,9 @@ class AnomalyDetector(ParametersMixin, OutlierMixin, BaseEstimator):
     """
 
     contamination: float = 0.05
+
+    # of `predict`; cross_val_predict asks for them where it is given y
+    classes_ = np.array([-1, 1])
 
     _parameter_constraints: ClassVar = {
         "contamination": [Interval(Real, 0, 0.5, closed="right")],

@@ -69,11 +69,12 @@ def plain(X: Any) -> Any:
         )
     if isinstance(X, np.ndarray) and X.ndim == 1 and X.dtype.kind in "OS":
         items = list(X)
-    if any(isinstance(x, bytes | bytearray | memoryview) for x in items):
+    encoded = (isinstance(x, bytes | bytearray | memoryview) for x in items)
+    if (i := next((i for i, x in enumerate(encoded) if x), None)) is not None:
         raise ValueError(
-            "X holds bytes, which are neither paths nor pixels. Turn paths into str "
-            "(os.fsdecode); open images (PIL.Image.open(io.BytesIO(data))) and pass "
-            "them as arrays."
+            f"X holds bytes (X[{i}]), which are neither paths nor pixels. Turn paths "
+            "into str (os.fsdecode); open images (PIL.Image.open(io.BytesIO(data))), "
+            "and pass them as arrays."
         )
     return X
 

@@ -33,7 +33,13 @@ from .inference import (
     resolve_precision,
     run_end,
 )
-from .inputs import Vectors, check_inputs, check_size
+from .inputs import (
+    Vectors,
+    check_inputs,
+    check_size,
+    warn_of_dark_images,
+    warn_of_flat_images,
+)
 from .parameters import ParametersMixin
 from .progress import Progress
 
@@ -65,6 +71,9 @@ class BackboneEstimator(ParametersMixin, CallbackSupportMixin, BaseEstimator):
     image_shape : (int, int, int) or (int, int), default=None
         (channels, height, width) or (height, width) of one image, where X does not
         tell: rows that are flattened images, or an ambiguous channel axis.
+    white : int, default=None
+        The value of white of images with more than 8 bits, such as 4095 of a camera
+        with 12. None: 65535 of unsigned integers of 16 bits, and 255 of others.
     batch_size : int, default=32
         How many samples the network is given at once, in training and in scoring.
     memory : str, path or joblib.Memory, default=None
@@ -72,8 +81,10 @@ class BackboneEstimator(ParametersMixin, CallbackSupportMixin, BaseEstimator):
         their sample. Any subset of samples that were seen before is found again: the
         folds of a grid search, on both sides, in all of its processes.
     on_error : {"raise", "skip"}, default="raise"
-        What to do about image files that cannot be read. "raise": an error that names
-        them all. "skip": a warning; they are left out of `fit` and score NaN.
+        What to do about images that cannot be read: missing or damaged files, folders
+        among them, items of a data set. "raise": an error that names them. "skip": a
+        warning; they are left out of `fit` and score NaN, and an X of no image, such
+        as an empty folder, gives no scores in place of an error.
     device : str, default="auto"
         A device of torch. "auto": CUDA or MPS where there is one, else the CPU.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
@@ -110,6 +121,7 @@ class BackboneEstimator(ParametersMixin, CallbackSupportMixin, BaseEstimator):
     weights: str | Path | None = "default"
     image_size: int | tuple[int, int] | None = None
     image_shape: tuple[int, ...] | None = None
+    white: int | None = None
     batch_size: int = 32
     memory: Any = None
     on_error: str = "raise"
@@ -123,6 +135,7 @@ class BackboneEstimator(ParametersMixin, CallbackSupportMixin, BaseEstimator):
         "weights": [str, os.PathLike, None],
         "image_size": [Interval(Integral, 1, None, closed="left"), tuple, list, None],
         "image_shape": [tuple, list, None],
+        "white": [Interval(Integral, 1, None, closed="left"), None],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
         "memory": [str, os.PathLike, HasMethods(["cache"]), None],
         "on_error": [StrOptions({"raise", "skip"})],
@@ -155,6 +168,10 @@ class BackboneEstimator(ParametersMixin, CallbackSupportMixin, BaseEstimator):
         )
         vectors = type(inputs) is Vectors
         shape = inputs.shape
+        if vectors and self.backbone == "auto":
+            warn_of_flat_images(inputs)
+        elif self.white is None and not vectors:
+            warn_of_dark_images(inputs)
         name = self.backbone
         if isinstance(name, str) and name == "auto":
             name = self._auto_backbone(shape)
@@ -217,10 +234,16 @@ class BackboneEstimator(ParametersMixin, CallbackSupportMixin, BaseEstimator):
             reset=False,
         )
         expected = self.image_shape_in_
-        if expected is not None and inputs.shape not in (None, expected):
+        if expected is None or inputs.shape in (None, expected):
+            return inputs
+        if np.shape(X) == expected:
+            raise ValueError(f"X has the shape of one image, {expected}; pass X[None].")
+        # other images are brought to a size that was settled, as files are
+        if self.image_size is None and self.backbone_.input_size is None:
             raise ValueError(
                 f"X has images of shape {inputs.shape}, but {type(self).__name__} is "
-                f"expecting images of shape {expected} as input."
+                f"expecting images of shape {expected} as input. Set image_size, and "
+                "images of any size are resized."
             )
         return inputs
 

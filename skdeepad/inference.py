@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from .backbones import Backbone
 from .backbones._backbone import pool
+from .checks import shorten
 from .frozen import fingerprint, frozen_copy, remember
 from .inputs import Batch, Vectors, chunks, load_batches
 
@@ -162,10 +163,15 @@ class FeaturePass:
             with torch.inference_mode():
                 outputs = self._outputs(self.backbone, torch.zeros(1, *shape))
                 return [tuple(output.shape[1:]) for output in outputs]
-        except (RuntimeError, TypeError, AttributeError) as error:
+        except (RuntimeError, TypeError, AttributeError, AssertionError) as error:
+            size = self.backbone.input_size
+            hint = "Check image_size, image_shape and the backbone."
+            if size and self.image_size and tuple(size) != tuple(self.image_size):
+                asked, own = self.image_size[0], next(iter(size))
+                hint = f"image_size={asked} was asked for; set image_size={own}."
             raise ValueError(
-                f"The backbone fails on samples of shape {shape}: {error}. Check "
-                "image_size, image_shape and backbone."
+                f"The backbone fails on samples of shape {shape}: "
+                f"{shorten(str(error))}. {hint}"
             ) from error
 
     def load(
@@ -456,7 +462,7 @@ def _compute(
 def _report_unreadable(inputs: Any, failed: dict[int, str], on_error: str) -> None:
     index = sorted(failed)
     message = (
-        f"{len(index)} of {len(inputs)} image files cannot be read: "
+        f"{len(index)} of {len(inputs)} images cannot be read: "
         f"{inputs.name(index)}. The first says: {failed[index[0]]}."
     )
     if on_error == "raise":

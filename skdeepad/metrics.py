@@ -26,6 +26,8 @@ from sklearn.metrics import (
 )
 from sklearn.utils import check_consistent_length, column_or_1d
 
+from skdeepad.labels import is_anomaly
+
 __all__ = [
     "anomaly_average_precision",
     "anomaly_average_precision_score",
@@ -304,10 +306,10 @@ def _order_bits(score: NDArray[np.float32]) -> NDArray[np.uint32]:
 
 
 def _fpr_at_tpr(
-    is_anomaly: NDArray[np.bool_], score: NDArray[np.float64], tpr: float
+    anomalous: NDArray[np.bool_], score: NDArray[np.float64], tpr: float
 ) -> float:
     # Every threshold: the default drops points on a straight line, perhaps the best.
-    flagged, detected, _ = roc_curve(is_anomaly, score, drop_intermediate=False)
+    flagged, detected, _ = roc_curve(anomalous, score, drop_intermediate=False)
     return flagged[detected >= tpr].min()
 
 
@@ -317,16 +319,16 @@ def _score(
     y_score: ArrayLike,
 ) -> float:
     """Apply a metric of (is it an anomaly?, anomaly score) to checked arrays."""
-    is_anomaly = _check_labels(y_true)
+    anomalous = is_anomaly(y_true, "y_true")
     score = column_or_1d(y_score, dtype=np.float64)
-    check_consistent_length(is_anomaly, score)
+    check_consistent_length(anomalous, score)
     if not np.isfinite(score).all():
         row = int(np.argmin(np.isfinite(score)))
         raise ValueError(
             f"y_score[{row}] is {score[row]}. A sample without a score (an unreadable "
             "image) cannot be ranked: leave it out of y_true and y_score."
         )
-    if np.unique(is_anomaly).size < 2:
+    if np.unique(anomalous).size < 2:
         warnings.warn(
             "y_true must hold normal samples (+1) and anomalies (-1); with one kind "
             "only, the score is not defined.",
@@ -334,22 +336,7 @@ def _score(
             stacklevel=3,
         )
         return np.nan
-    return float(metric(is_anomaly, -score))
-
-
-def _check_labels(y: ArrayLike) -> NDArray[np.bool_]:
-    """Tell which labels are anomalies (-1), refusing any but +1 and -1."""
-    labels: Any = column_or_1d(y)
-    is_anomaly = labels == -1
-    known = is_anomaly | (labels == 1)
-    if not known.all():
-        row = int(np.argmin(known))
-        raise ValueError(
-            f"y must be +1 (normal) or -1 (anomaly), but y[{row}] is "
-            f"{labels[row : row + 1].tolist()[0]!r}. If 1 marks anomalies, use "
-            "np.where(y == 1, -1, 1)."
-        )
-    return is_anomaly
+    return float(metric(anomalous, -score))
 
 
 # Both are higher for normal samples, and scikit-learn hands them over as they are, for

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import clone
-from sklearn.model_selection import KFold
+from sklearn.model_selection import GroupKFold, KFold
 from sklearn.utils import _safe_indexing, check_consistent_length
+from sklearn.utils.validation import _num_samples
 
 from skdeepad.datasets import make_pseudo_anomalies
-from skdeepad.metrics import _check_labels, anomaly_roc_auc_score
+from skdeepad.labels import is_anomaly
+from skdeepad.metrics import anomaly_roc_auc_score
 
 __all__ = ["OneClassKFold", "PseudoAnomalyScorer", "compare_detectors"]
 
@@ -57,9 +58,12 @@ class OneClassKFold(KFold):
     Classifiers, such as `HSCClassifier`, train on anomalies, too: for these take
     :class:`~sklearn.model_selection.StratifiedKFold`.
 
-    scikit-learn gives out-of-fold scores of a detector if it sees the folds but not y:
-    ``cross_val_predict(detector, X, cv=list(cv.split(X, y)),
-    method="decision_function")``.
+    ``cross_val_predict(detector, X, y, cv=OneClassKFold(), method=...)`` gives
+    out-of-fold scores and predictions, by every method of a detector.
+
+    A training set without anomalies has no ROC AUC: ``learning_curve`` gives nan for
+    training scores, and searches by halving do, unless ``return_train_score=False``.
+    Test scores are not concerned.
 
     Examples
     --------
@@ -85,8 +89,11 @@ class OneClassKFold(KFold):
     {'kernel': 'rbf'}
     """
 
+    # with metadata routing, `groups` is handed to it as to GroupKFold
+    __metadata_request__split: ClassVar = {"groups": True}
+
     def split(
-        self, X: Any, y: ArrayLike | None = None, groups: Any = None
+        self, X: Any, y: ArrayLike | None = None, groups: ArrayLike | None = None
     ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
         """Generate the train and test indices of each fold.
 
@@ -96,8 +103,9 @@ class OneClassKFold(KFold):
             The samples; only their number matters.
         y : array-like of shape (n_samples,), default=None
             +1 for normal rows, -1 for anomalies. None takes every row for normal.
-        groups : object, default=None
-            Ignored, with a warning.
+        groups : array-like of shape (n_samples,), default=None
+            What each row belongs to, such as a part or a camera. A group is either
+            trained on or tested on; its anomalies are tested with its normal rows.
 
         Yields
         ------
@@ -110,27 +118,42 @@ class OneClassKFold(KFold):
         ------
         ValueError
             If a label is neither +1 nor -1, the lengths differ, or the normal rows
-            are fewer than ``n_splits``.
+            (with `groups`, the groups that have any) are fewer than ``n_splits``.
         """
-        if groups is not None:
-            warnings.warn("OneClassKFold ignores groups.", UserWarning, stacklevel=2)
         if y is None:
-            yield from super().split(X)
-            return
-        is_anomaly = _check_labels(y)
-        check_consistent_length(X, is_anomaly)
-        normal, anomalies = np.flatnonzero(~is_anomaly), np.flatnonzero(is_anomaly)
-        if normal.size < self.n_splits:
+            y = np.ones(_num_samples(X))
+        anomalous = is_anomaly(y)
+        check_consistent_length(X, anomalous, groups)
+        together = np.arange(len(anomalous)) if groups is None else np.asarray(groups)
+        normal = np.flatnonzero(~anomalous)
+        n_normal = len(np.unique(together[normal]))
+        if n_normal < self.n_splits:
             raise ValueError(
                 f"n_splits={self.n_splits} needs at least as many normal rows (y "
-                f"== +1), got {normal.size}."
+                f"== +1), or groups of them, got {n_normal}."
             )
-        if anomalies.size < self.n_splits:
-            shares = [anomalies] * self.n_splits
+        # anomalies of a group that has normal rows, too, are tested with these
+        alone = anomalous & ~np.isin(together, together[normal])
+        others = np.flatnonzero(alone)
+        if len(np.unique(together[others])) < self.n_splits:
+            shares = [others] * self.n_splits
         else:
-            shares = [anomalies[share] for _, share in super().split(anomalies)]
-        for (train, test), share in zip(super().split(normal), shares, strict=True):
-            yield normal[train], np.sort(np.concatenate([normal[test], share]))
+            shares = [others[share] for _, share in self._parts(others, groups)]
+        parts = self._parts(normal, groups)
+        for (train, test), share in zip(parts, shares, strict=True):
+            tested = np.isin(together, together[normal[test]]) & ~alone
+            yield normal[train], np.sort(np.append(np.flatnonzero(tested), share))
+
+    def _parts(
+        self, rows: NDArray[np.intp], groups: ArrayLike | None
+    ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+        """Split some of the rows, and no group of them."""
+        if groups is None:
+            return super().split(rows)
+        folds = GroupKFold(
+            self.n_splits, shuffle=self.shuffle, random_state=self.random_state
+        )
+        return folds.split(rows, groups=np.asarray(groups)[rows])
 
 
 @dataclass(frozen=True)
@@ -221,8 +244,9 @@ class PseudoAnomalyScorer:
             If image files cannot be read.
         """
         if y is not None:
-            X = _safe_indexing(X, np.flatnonzero(~_check_labels(y)))
-        score = getattr(estimator, "decision_function", None) or estimator.score_samples
+            X = _safe_indexing(X, np.flatnonzero(~is_anomaly(y)))
+        # a classifier's decision_function may be higher for anomalies
+        score = getattr(estimator, "score_samples", None) or estimator.decision_function
         with TemporaryDirectory() as temporary:
             made = make_pseudo_anomalies(
                 X,
@@ -331,17 +355,17 @@ def compare_detectors(
             "compare_detectors gives a pandas.DataFrame. Install pandas: "
             "pip install pandas."
         ) from error
-    is_anomaly = _check_labels(y_test)
-    if is_anomaly.all() or not is_anomaly.any():
+    anomalous = is_anomaly(y_test)
+    if anomalous.all() or not anomalous.any():
         raise ValueError("y_test must hold normal samples (+1) and anomalies (-1).")
     if n_seeds < 1:
         raise ValueError(f"n_seeds={n_seeds} must be 1 at least.")
-    check_consistent_length(is_anomaly, kinds_test)
-    of_kind = {"all": is_anomaly}
+    check_consistent_length(anomalous, kinds_test)
+    of_kind = {"all": anomalous}
     if kinds_test is not None:
         kinds = np.asarray(kinds_test).astype(str)
-        names = np.unique(kinds[is_anomaly]).tolist()
-        of_kind |= {name: is_anomaly & (kinds == name) for name in names}
+        names = np.unique(kinds[anomalous]).tolist()
+        of_kind |= {name: anomalous & (kinds == name) for name in names}
     rows = []
     for name, detector in detectors.items():
         for seed in range(n_seeds):
@@ -350,11 +374,11 @@ def compare_detectors(
             )
             scored = ~np.isnan(decision)
             flagged = decision < 0
-            normal = scored & ~is_anomaly
+            normal = scored & ~anomalous
             for kind, anomalies in of_kind.items():
                 found = scored & anomalies
                 judged = normal | found
-                labels = np.where(is_anomaly, -1, 1)[judged]
+                labels = np.where(anomalous, -1, 1)[judged]
                 rows.append(
                     {
                         "detector": name,

@@ -307,7 +307,8 @@ def test_labels_of_any_kind(digits):
     X, y, X_test, _ = digits
     expected = lenet(max_steps=2).fit(X, y).predict(X_test)
     for anomaly, normal in ((0, 1), ("bad", "good"), (False, True), (3.0, 7.0)):
-        model = lenet(max_steps=2).fit(X, np.where(y == 1, normal, anomaly))
+        labels = np.where(y == 1, normal, anomaly)
+        model = lenet(max_steps=2, normal_label=normal).fit(X, labels)
         assert_array_equal(model.classes_, [anomaly, normal])
         assert_array_equal(model.predict(X_test) == normal, expected == 1)
 

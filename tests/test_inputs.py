@@ -410,13 +410,7 @@ def test_emptiness(X):
         (None, "Reshape your data"),
         (noise(2, 2, 3, 4, 5), "dim 5"),
         ([["a", "b"], ["c", "d"]], "Convert your data to numeric"),
-        ([noise(4, 5), noise(5, 4)], r"shapes \(\(4, 5\), \(5, 4\)\).*resize"),
-        ([noise(4, 5), noise(4, 5, 3)], "different shapes.*resize"),
-        (list(map(torch.zeros, [(3, 4), (3, 5)])), "different shapes.*resize"),
-        (
-            np.array([noise(4, 5), noise(5, 5)], dtype=object),
-            "different shapes.*resize",
-        ),
+        ([noise(1), noise(2)], "different shapes"),
     ],
 )
 def test_shapes_that_mean_nothing(X, message):
@@ -478,7 +472,7 @@ def test_missing_files_are_named_with_their_positions(image_files, tmp_path):
     assert "2 of 6" in str(error.value)
     for i in (3, 5):
         assert f"{str(X[i])!r} (X[{i}])" in str(error.value)
-    with pytest.raises(FileNotFoundError, match=r"\(X\[19\]\), and 5 more$"):
+    with pytest.raises(FileNotFoundError, match=r"\(X\[10\]\), and 14 more$"):
         check([f"no/{i}.png" for i in range(25)])
 
 

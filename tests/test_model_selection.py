@@ -103,8 +103,61 @@ def test_errors():
         next(OneClassKFold().split(X, np.ones(7)))
     with pytest.raises(ValueError, match="n_splits=2 or more"):
         OneClassKFold(1)
-    with pytest.warns(UserWarning, match="ignores groups"):
-        next(OneClassKFold().split(X, groups=np.arange(6)))
+
+
+def test_groups_are_not_parted():
+    groups = np.repeat(["a", "b", "c", "d", "e"], 4)
+    y = np.ones(20, dtype=int)
+    y[[0, 5, 16, 17, 18, 19]] = -1  # of e, there are anomalies only
+    X = np.zeros((20, 1))
+    for shuffle in (False, True):
+        cv = OneClassKFold(4, shuffle=shuffle, random_state=0 if shuffle else None)
+        tested = []
+        for train, test in cv.split(X, y, groups):
+            assert (y[train] == 1).all()
+            assert not set(groups[train]) & set(groups[test])
+            assert set(groups[test]) > {"e"}  # in all, as there is one such group
+            tested += [i for i in test if groups[i] != "e"]
+        assert sorted(tested) == list(range(16))
+    with pytest.raises(ValueError, match="groups of them, got 4"):
+        next(OneClassKFold(5).split(X, y, groups))
+
+
+def test_groups_are_routed_to_the_splitter_and_to_fit():
+    from sklearn import config_context
+    from sklearn.model_selection import cross_validate
+
+    from skdeepad import KNNScorer
+
+    rng = np.random.default_rng(0)
+    X, groups = rng.normal(size=(60, 2)), np.repeat(np.arange(20), 3)
+    y = np.r_[np.ones(54, dtype=int), -np.ones(6, dtype=int)]
+    with config_context(enable_metadata_routing=True):
+        found = cross_validate(
+            KNNScorer(contamination=0.2).set_fit_request(groups=True),
+            *(X, y),
+            cv=OneClassKFold(3),
+            scoring="roc_auc",
+            params={"groups": groups},
+            return_indices=True,
+        )
+    for train, test in zip(*found["indices"].values(), strict=True):
+        assert not set(groups[train]) & set(groups[test])
+
+
+@pytest.mark.parametrize("method", ["predict", "decision_function"])
+def test_every_method_gives_out_of_fold_predictions(method, recwarn):
+    from skdeepad import KNNScorer
+
+    rng = np.random.default_rng(0)
+    X = np.r_[rng.normal(size=(60, 2)), rng.normal(8, 1, (12, 2))]
+    y = np.repeat([1, -1], [60, 12])
+    cv = OneClassKFold(3, shuffle=True, random_state=0)
+    found = cross_val_predict(KNNScorer(), X, y, cv=cv, method=method)
+    for train, test in cv.split(X, y):
+        fitted = KNNScorer().fit(X[train])
+        np.testing.assert_array_equal(found[test], getattr(fitted, method)(X[test]))
+    assert not [w for w in recwarn if "ignored" in str(w.message)]
 
 
 def test_repr():

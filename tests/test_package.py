@@ -66,15 +66,15 @@ HOUSE = [
     ("cache", "inference", "scorers"),
     ("frozen",),
     ("augmentation", "backbones", "base", "objectives", "training"),
-    ("draws", "inputs"),
-    ("checks", "parameters", "progress"),
+    ("draws", "inputs", "labels"),
+    ("checks", "files", "parameters", "progress"),
 ]
 # around the estimators, which know nothing of them; on the same ground
 BESIDE = [
     ("inspection", "model_selection"),
     ("datasets", "metrics"),
-    ("inputs",),
-    ("checks",),
+    ("inputs", "labels"),
+    ("checks", "files"),
 ]
 
 

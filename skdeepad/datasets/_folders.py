@@ -10,17 +10,7 @@ import numpy as np
 from sklearn.utils import Bunch
 from sklearn.utils._param_validation import validate_params
 
-_EXTENSIONS = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-
-
-def _images(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in _EXTENSIONS
-        and not path.name.startswith(".")
-        and path.is_file()
-    )
+from skdeepad.files import SUFFIXES, list_images
 
 
 def _mask_of(image: Path, masks: dict[str, Path]) -> str | None:
@@ -105,24 +95,24 @@ def load_image_folder(root: str | os.PathLike[str]) -> Bunch:
                 "with good images, and test with one sub-folder for each kind of "
                 "image."
             )
-    train = _images(train_folder)
+    train = list_images(train_folder, recursive=False)
     test, masks = [], []
     for folder in sorted(test_folder.iterdir()):
         if folder.is_dir() and not folder.name.startswith("."):
             mask_folder = root / "ground_truth" / folder.name
             by_stem = (
-                {path.stem: path for path in _images(mask_folder)}
+                {path.stem: path for path in list_images(mask_folder, recursive=False)}
                 if mask_folder.is_dir()
                 else {}
             )
-            images = _images(folder)
+            images = list_images(folder, recursive=False)
             test += images
             masks += [_mask_of(image, by_stem) for image in images]
     for folder, images in ((train_folder, train), (test_folder, test)):
         if not images:
             raise ValueError(
                 f"There is no image in {str(folder)!r}. Files must end in "
-                f"{', '.join(sorted(_EXTENSIONS))}."
+                f"{', '.join(sorted(SUFFIXES))}."
             )
     kinds_test = np.array([path.parent.name for path in test], dtype=object)
     y_test = np.where(kinds_test == "good", 1, -1)

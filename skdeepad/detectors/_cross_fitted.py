@@ -23,7 +23,7 @@ from ..base import (
     seeded_clone,
 )
 from ..features import BackboneFeatures
-from ..inputs import Vectors, check_inputs
+from ..inputs import Vectors, check_inputs, open_inputs
 from ..scorers._base import (
     HeldOutScores,
     copies_together,
@@ -221,7 +221,7 @@ class CrossFittedDetector(MetaEstimatorMixin, AnomalyDetector):
             If X, y or groups is not what is described here, or the samples cannot be
             parted in two folds.
         """
-        (X,) = indexable(X)
+        (X,) = indexable(open_inputs(X))
         digests = sample_digests(X)
         groups = check_groups(groups, len(digests))
         normal = np.flatnonzero(known_normal(y, len(digests)))

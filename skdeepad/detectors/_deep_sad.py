@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from numbers import Real
 from typing import Any, ClassVar, Self
@@ -13,8 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.utils._param_validation import Interval
 from torch import Tensor
 
-from ..base import numeric_labels
 from ..inference import PassOutputs
+from ..labels import semi_labels
 from ..objectives import semi_supervised_loss
 from ..training import balanced_batches, batchnorm_batches
 from ._deep_svdd import SphereDetector
@@ -101,7 +100,7 @@ class DeepSAD(SphereDetector):
         return super().fit(X, y, groups)
 
     def _check_labels(self, y: ArrayLike | None, n: int) -> NDArray[np.intp]:
-        return check_semi_labels(y, n)
+        return semi_labels(y, n)
 
     def _learns_anomalies(self) -> bool:
         return True
@@ -127,27 +126,3 @@ class DeepSAD(SphereDetector):
             z = self._network(x)
             known = torch.from_numpy(labels[index]).to(z.device)
             yield semi_supervised_loss(self._squared(z), known, self.eta).mean()
-
-
-def check_semi_labels(y: ArrayLike | None, n: int) -> NDArray[np.intp]:
-    """Give labels in {-1, 0, 1}; labels of another kind count as none.
-
-    Warns
-    -----
-    UserWarning
-        If y holds 0 and 1 only, where 1 may be meant to mark the anomalies.
-    """
-    if y is None:
-        return np.zeros(n, dtype=np.intp)
-    labels = numeric_labels(y, n)
-    found = set(np.unique(labels).tolist())
-    if found == {0, 1}:
-        warnings.warn(
-            "y holds 0 and 1: images without label, and images known to be normal. If "
-            "1 marks the anomalies, map the labels with np.where(y == 1, -1, 0).",
-            UserWarning,
-            stacklevel=6,
-        )
-    if not found <= {-1, 0, 1}:
-        return np.zeros(n, dtype=np.intp)
-    return labels.astype(np.intp)

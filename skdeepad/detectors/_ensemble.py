@@ -31,7 +31,7 @@ from ..base import (
 from ..cache import MemoryCache
 from ..features import BackboneEstimator, BackboneFeatures
 from ..inference import BLOCK
-from ..inputs import Vectors, check_inputs
+from ..inputs import Vectors, check_inputs, open_inputs
 from ..scorers import KNNScorer
 from ..scorers._base import HeldOutScores, copies_together
 from ._cross_fitted import (
@@ -192,7 +192,7 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
         """
         self.__dict__.pop("n_features_in_", None)
         self.__dict__.pop("feature_names_in_", None)
-        (X,) = indexable(X)
+        (X,) = indexable(open_inputs(X))
         members = self._members(X)
         self._names = [name for name, _ in members]
         self._shares = self._check_weights(len(members))

@@ -24,6 +24,7 @@ from ..base import draw_seed
 from ..draws import OwnDraws
 from ..inference import PassOutputs
 from ..inputs import chunks
+from ..labels import normal_class
 from ..objectives import focal_loss, hypersphere_loss, radial_distance
 from ..scorers import GaussianScorer
 from ..scorers._base import row_digests
@@ -80,6 +81,10 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
         given to. None: the features are the outputs. "auto": with frozen stages, a
         square matrix that is the identity at first; otherwise 64, or None where the
         network ends in a linear layer.
+    normal_label : str, int, float or bool, default=None
+        The label of normal images, where y has other labels than +1 (normal) and -1.
+        No name is understood without it, not even "good": the greater label is taken
+        for normal, with a warning.
     max_steps : int, default=200
         Number of mini-batches. The papers train from scratch for 150 to 200 epochs,
         some 7,000 mini-batches of 6,000 images; see `from_paper`.
@@ -100,7 +105,8 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
     Attributes
     ----------
     classes_ : ndarray of shape (2,)
-        The labels, sorted; ``classes_[1]`` is normal.
+        The labels, sorted; ``classes_[1]`` is normal unless `normal_label` is the
+        lesser one.
     offset_ : float
         The threshold on ``score_samples``.
 
@@ -138,6 +144,7 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
     gamma: float = 2.0
     projection: int | str | None = "auto"
     contamination: float | None = 0.05  # type: ignore[assignment]
+    normal_label: Any = None
     max_steps: int = 200
 
     _parameter_constraints: ClassVar = {
@@ -150,6 +157,7 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
             None,
         ],
         "contamination": [Interval(Real, 0, 0.5, closed="right"), None],
+        "normal_label": [str, Real, "boolean", None],
     }
 
     @classmethod
@@ -206,13 +214,14 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
         ----------
         y : array-like of shape (n_samples,), default=None
             +1 for normal images, -1 for known anomalies or images of anything else;
-            or any two labels, of which the greater is normal. None: there are only
-            normal images, and noise is made for outliers.
+            or any two labels, of which `normal_label` is normal. None: there are
+            only normal images, and noise is made for outliers.
 
         Warns
         -----
         UserWarning
-            If y is None.
+            If y is None, or has other labels than +1 and -1 without `normal_label`:
+            the warning names the label that is taken for normal, the greater one.
         """
         return super().fit(X, y, groups)
 
@@ -267,7 +276,7 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
                 UserWarning,
                 stacklevel=6,
             )
-            self.classes_ = np.array([-1, 1])
+            self.classes_, self._normal = np.array([-1, 1]), 1
             return np.ones(n, dtype=np.intp)
         classes, numbers = self._check_targets(y, n)
         if len(classes) > 2:
@@ -281,7 +290,8 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
                 "normal images +1; without outliers, leave y out."
             )
         self.classes_ = classes
-        return np.where(numbers == 1, 1, -1)
+        self._normal = normal_class(classes, numbers, self.normal_label)
+        return np.where(numbers == self._normal, 1, -1)
 
     def _project(self, whole: bool, seed: int) -> None:
         """Put the last layers behind the features."""
@@ -363,17 +373,31 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
             return -radial_distance(outputs, self.norm).numpy()
         return -outputs[:, 0].numpy()
 
+    def decision_function(self, X: Any) -> NDArray[np.float64]:
+        """Score images relative to the threshold, as scikit-learn's classifiers do.
+
+        Returns
+        -------
+        ndarray of float64, shape (n_samples,)
+            Positive for ``classes_[1]``: ``score_samples(X) - offset_`` where that is
+            normal, as with +1 and -1, and minus that where `normal_label` is
+            ``classes_[0]``, so that ``scoring="roc_auc"`` is right for both.
+        """
+        scores = self.score_samples(X) - self.offset_
+        return scores if self._normal == 1 else -scores
+
     def predict(self, X: Any) -> NDArray[Any]:
         """Tell the class of images.
 
         Returns
         -------
         ndarray of shape (n_samples,)
-            ``classes_[1]`` where ``decision_function`` is at least 0, ``classes_[0]``
+            The normal label where ``score_samples`` is at least ``offset_``, the other
             elsewhere: for anomalies, and for files skipped by ``on_error="skip"``.
         """
-        normal = self.decision_function(X) >= 0
-        return self.classes_[normal.astype(np.intp)]
+        scores = self.score_samples(X)
+        normal = scores >= self.offset_
+        return self.classes_[np.where(normal, self._normal, 1 - self._normal)]
 
     def predict_proba(self, X: Any) -> NDArray[np.float64]:
         """Give the probabilities of both classes.
@@ -381,7 +405,7 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
         Returns
         -------
         ndarray of float64, shape (n_samples, 2)
-            In the second column ``exp(-d)`` for ``objective="hsc"`` and
+            In the normal label's column ``exp(-d)`` for ``objective="hsc"`` and
             ``sigmoid(-logit)`` for others, with d scaled, or the logit shifted, so
             that 0.5 is at the threshold (as they are, if `contamination` is None).
             They are of balanced mini-batches: for the shares in your data, see
@@ -393,7 +417,8 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
             normal = np.exp2(-scores / min(self.offset_, -np.finfo(float).tiny))
         else:
             normal = expit(scores - self.offset_)
-        return np.column_stack([1 - normal, normal])
+        columns = [1 - normal, normal]
+        return np.column_stack(columns if self._normal == 1 else columns[::-1])
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()

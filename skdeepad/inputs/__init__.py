@@ -1,18 +1,15 @@
 """What X may be, turned into batches."""
 
 from ._batches import Batch, load_batches
-from ._inputs import (
-    ImagePaths,
-    Images,
-    Vectors,
-    check_inputs,
-    check_size,
-    chunks,
-)
+from ._inputs import check_inputs, check_size, open_inputs
+from ._items import ImageItems
 from ._masks import read_mask
+from ._samples import ImagePaths, Images, Vectors, chunks
+from ._warnings import warn_of_dark_images, warn_of_flat_images
 
 __all__ = [
     "Batch",
+    "ImageItems",
     "ImagePaths",
     "Images",
     "Vectors",
@@ -20,5 +17,8 @@ __all__ = [
     "check_size",
     "chunks",
     "load_batches",
+    "open_inputs",
     "read_mask",
+    "warn_of_dark_images",
+    "warn_of_flat_images",
 ]

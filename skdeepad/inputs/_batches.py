@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checks import shorten
-from ._inputs import ImagePaths, Vectors
+from ._samples import ImagePaths, Vectors
 
 READ_AHEAD = 2  # batches in memory besides the one in use
 
@@ -43,7 +43,8 @@ def load_batches(
         for index in indices:
             yield Batch(index, inputs.batch(index, size, channels), {})
         return
-    pool = ThreadPoolExecutor(max_workers=max(2, torch.get_num_threads()))
+    threads = inputs.threads or max(2, torch.get_num_threads())
+    pool = ThreadPoolExecutor(max_workers=threads)
     try:
         waiting: deque[list[tuple[int, Future[Tensor]]]] = deque()
         for index in indices:
@@ -66,5 +67,11 @@ def _collect(reading: list[tuple[int, Future[Tensor]]]) -> Batch:
             index.append(i)
         except (OSError, ValueError) as error:
             failed[i] = shorten(str(error), 160)
+    if len(shapes := {tuple(image.shape) for image in images}) > 1:
+        raise ValueError(
+            f"X has images of different shapes ({shorten(str(sorted(shapes)))}), and "
+            "neither image_size nor the backbone tells which they are to have. Set "
+            "image_size, and convert all images to grey or all to colour."
+        )
     values = torch.stack(images) if images else None
     return Batch(np.array(index, dtype=np.intp), values, failed)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 # ITU-R 601 luma, as Pillow's convert("L")
 LUMA = (0.299, 0.587, 0.114)
+WHITE_16 = 65535.0
 LARGE = 2**20  # pixels of an image beyond which it becomes float32 in strips
 STRIP = 2**18  # pixels of a strip
 
@@ -21,6 +22,7 @@ def read_image(
     path: str | os.PathLike[str],
     size: tuple[int, int] | None = None,
     channels: int | None = None,
+    white: float | None = None,
 ) -> Tensor:
     """Read an image file.
 
@@ -33,6 +35,8 @@ def read_image(
         Height and width that the image is resized to.
     channels : int or None
         Channels that the image is brought to.
+    white : float or None
+        The value of white of files with 16 bits; None: 65535.
 
     Returns
     -------
@@ -60,12 +64,15 @@ def read_image(
     ) as error:
         raise OSError(str(error)) from error
     # Pillow gives 16 bits as 32 from these formats, by its version
-    white = 65535.0 if image.format in ("PNG", "PPM") else 255.0
+    limit = WHITE_16 if image.format in ("PNG", "PPM") else 255.0
 
     def rows(top: int, bottom: int) -> Tensor:
         whole = (top, bottom) == (0, image.height)
         strip = image if whole else image.crop((0, top, image.width, bottom))
-        pixels = pixels_to_tensor(*_to_pixels(strip, white))
+        found, brightest = to_pixels(strip, limit)
+        if white is not None and brightest == WHITE_16:
+            brightest = white
+        pixels = pixels_to_tensor(found, brightest)
         return fit_channels(pixels, channels)[None]
 
     return resize_rows(rows, 1, (image.height, image.width), size)[0]
@@ -82,13 +89,13 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     return (width, height) if lying else (height, width)
 
 
-def _to_pixels(image: Any, white: float) -> tuple[np.ndarray, float]:
+def to_pixels(image: Any, white: float) -> tuple[np.ndarray, float]:
     """Give the pixels as (height, width[, channels]) and the value of white.
 
     `white` is that of mode "I", where Pillow does not tell 16 bits from 32.
     """
     if image.mode.startswith("I;16"):
-        return np.asarray(image), 65535.0
+        return np.asarray(image), WHITE_16
     if image.mode == "I":
         pixels = np.asarray(image)
         low, high = pixels.min(), pixels.max()

@@ -7,159 +7,37 @@ later, one at a time.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from hashlib import blake2b
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from sklearn.utils import check_array
-from torch import Tensor
+from torch.utils.data import DataLoader, SequentialSampler
 
 from ..checks import (
     check_magnitude,
     check_rows,
     errors_name_x,
+    is_tensor,
     plain,
     refuse_dates,
     shorten,
     to_array,
 )
-from ._decode import fit_channels, image_size, read_image, resize_rows
-
-Shape = tuple[int, ...]
-
-
-class Vectors:
-    """Rows of numbers.
-
-    Attributes
-    ----------
-    rows : ndarray of shape (n, d)
-    shape : (d,)
-        Of one sample.
-    """
-
-    def __init__(self, rows: NDArray[Any]) -> None:
-        self.rows = rows
-        self.shape: Shape | None = rows.shape[1:]
-        self.kind = f"{rows.dtype}{self.shape}".encode()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def take(self, index: NDArray[Any]) -> Any:
-        """Select samples."""
-        return type(self)(self.rows[index])
-
-    def batch(
-        self, index: NDArray[np.intp], size: Any = None, channels: int | None = None
-    ) -> Tensor:
-        """Give samples as a float32 tensor."""
-        return torch.from_numpy(self.rows[index].astype(np.float32))
-
-    def digest(self, i: int) -> bytes:
-        """Name a sample by its content."""
-        return _digest(self.kind + self.rows[i].tobytes())
-
-
-class Images(Vectors):
-    """Images in memory: uint8 in 0..255, or floats in [0, 1].
-
-    Attributes
-    ----------
-    rows : ndarray of shape (n, channels, height, width)
-        A view of what was given; nothing is converted before its batch is made.
-    shape : (channels, height, width)
-    """
-
-    def __init__(self, rows: NDArray[Any]) -> None:
-        super().__init__(rows)
-        self.white = _white(rows.dtype)
-
-    def size(self, i: int) -> tuple[int, int]:
-        """Give the height and width of an image."""
-        height, width = self.rows.shape[2:]
-        return height, width
-
-    def batch(
-        self,
-        index: NDArray[np.intp],
-        size: tuple[int, int] | None = None,
-        channels: int | None = None,
-    ) -> Tensor:
-        """Give images as a float32 tensor in [0, 1], resized."""
-        # grey stays one channel: what is repeated later need not be resized thrice
-        wanted = channels if self.rows.shape[1] > 1 else None
-        height, width = self.rows.shape[2:]
-
-        def rows(top: int, bottom: int) -> Tensor:
-            strip = self.rows[index, :, top:bottom].astype(np.float32)
-            return fit_channels(torch.from_numpy(strip).div_(self.white), wanted)
-
-        return resize_rows(rows, len(index), (height, width), size)
-
-
-class ImagePaths(Vectors):
-    """Paths of image files, read when their batch comes.
-
-    Attributes
-    ----------
-    rows : ndarray of object, shape (n,)
-        The paths.
-    positions : ndarray of int, shape (n,)
-        Their positions in X, by which errors name them.
-    shape : None
-        Files may differ in size.
-    """
-
-    def __init__(
-        self, rows: NDArray[Any], positions: NDArray[np.intp] | None = None
-    ) -> None:
-        super().__init__(rows)
-        self.positions = np.arange(len(rows)) if positions is None else positions
-        self.shape = None
-
-    def take(self, index: NDArray[Any]) -> ImagePaths:
-        """Select samples."""
-        return type(self)(self.rows[index], self.positions[index])
-
-    def name(self, index: Sequence[int]) -> str:
-        """Name files and their positions in X; the first twenty of many."""
-        named = [
-            f"{shorten(str(self.rows[i]))!r} (X[{self.positions[i]}])"
-            for i in index[:20]
-        ]
-        more = [f"and {len(index) - 20} more"] if len(index) > 20 else []
-        return ", ".join(named + more)
-
-    def read(
-        self, i: int, size: tuple[int, int] | None, channels: int | None
-    ) -> Tensor:
-        """Read, resize and return the image of one path, without batch axis."""
-        return read_image(self.rows[i], size, channels)
-
-    def size(self, i: int) -> tuple[int, int]:
-        """Give the height and width of an image."""
-        return image_size(self.rows[i])
-
-    def digest(self, i: int) -> bytes:
-        """Name a file by its path, size and times of change, without reading it."""
-        path = os.path.abspath(self.rows[i])
-        try:
-            stat = os.stat(path)
-        except OSError:  # gone since X was checked: reading it will tell
-            return _digest(path.encode())
-        # who replaces a file can set its mtime, but not its ctime
-        times = f"{stat.st_mtime_ns}\0{stat.st_ctime_ns}"
-        return _digest(f"{path}\0{stat.st_size}\0{times}".encode())
-
-
-def _digest(content: bytes) -> bytes:
-    return blake2b(content, digest_size=16).digest()
+from ..files import list_images
+from ._items import ImageItems, form, image_column, is_image, is_item, is_picture
+from ._samples import (
+    ImagePaths,
+    Images,
+    Shape,
+    Vectors,
+    channels_first,
+    check_pixels,
+)
 
 
 def check_inputs(
@@ -176,8 +54,9 @@ def check_inputs(
     ----------
     estimator : estimator
         On which scikit-learn's ``n_features_in_`` and ``feature_names_in_`` are set
-        (`reset`) or checked, for 2-D X.
-    X : array-like, tensor or sequence of paths
+        (`reset`) or checked, for 2-D X. Its `white`, and ``on_error="skip"``, which
+        takes missing files for unreadable ones, count where it has them.
+    X : array-like, tensor, sequence of paths or images, data set, or folder
         See docs/architecture.md, "Inputs".
     vectors : bool or None
         Whether the backbone takes vectors; None where X decides.
@@ -188,7 +67,7 @@ def check_inputs(
 
     Returns
     -------
-    Vectors, Images or ImagePaths
+    Vectors, Images, ImagePaths or ImageItems
         What X is.
 
     Raises
@@ -197,26 +76,35 @@ def check_inputs(
         If X is none of these, is empty, holds NaN or infinity, or values that are
         no pixels; the message names the remedy.
     FileNotFoundError
-        If files are missing; all of them are named.
+        If files are missing; the first of them are named.
     """
     if image_shape is not None:
         check_size("image_shape", image_shape)
-    X = plain(X)
-    paths = _as_paths(X)
-    if paths is not None:
+    skip = getattr(estimator, "on_error", "raise") == "skip"
+    white = getattr(estimator, "white", None)
+    X = plain(open_inputs(X))
+    if _is_list(X) and len(X) == 0:
+        if skip and vectors is False and not reset:
+            return ImagePaths(np.empty(0, dtype=object))
+        raise ValueError("X is empty: Found 0 samples; is the folder's name right?")
+    found = _as_paths(X, skip, white) or _as_items(X, white, image_shape)
+    if found is not None:
         if vectors:
+            what = "images" if isinstance(found, ImageItems) else "paths of images"
             raise ValueError(
-                "X holds paths of images, but the backbone takes vectors. Choose "
+                f"X holds {what}, but the backbone takes vectors. Choose "
                 "a backbone for images, such as 'efficientnet_lite0'."
             )
-        return ImagePaths(paths)
+        return found
     X = _stack(X)
     if getattr(X, "ndim", 2) <= 2:
+        if not vectors:
+            _refuse_text(X)
         rows = check_rows(estimator, X, reset=reset, dtype="numeric")
         if image_shape is None and vectors is not False:
             # networks compute in float32
             return Vectors(check_magnitude(rows, float(np.finfo(np.float32).max)))
-        return Images(_check_pixels(_unflatten(rows, image_shape)))
+        return check_pixels(Images(_unflatten(rows, image_shape), white))
     if vectors:
         raise ValueError(
             f"X has images of shape {X.shape[1:]}, but the backbone takes vectors. "
@@ -230,42 +118,120 @@ def check_inputs(
     with errors_name_x():
         refuse_dates(X)
         X = check_array(
-            X, allow_nd=True, dtype="numeric", estimator=estimator, input_name="X"
+            X,
+            allow_nd=True,
+            dtype="numeric",
+            ensure_all_finite=False,  # `check_pixels` names the image
+            estimator=estimator,
+            input_name="X",
         )
-    return Images(_check_pixels(_channels_first(X, image_shape)))
+    return check_pixels(Images(channels_first(X, image_shape), white))
 
 
-def _as_paths(X: Any) -> NDArray[Any] | None:
-    """Give a sequence of paths as an object array, or None if X is none."""
+def open_inputs(X: Any) -> Any:
+    """Give what can be indexed: the paths of a folder, a loader's data set, a column.
+
+    Nothing is read.
+    """
     if isinstance(X, str | os.PathLike):
+        if not os.path.isdir(X):
+            raise ValueError(
+                f"X={shorten(os.fspath(X))!r} is one path; pass a list of image paths, "
+                f"or a folder.{_url_hint(X)}"
+            )
+        return list_images(X)
+    if isinstance(X, DataLoader):
+        if not isinstance(X.sampler, SequentialSampler):
+            raise ValueError(
+                "X is a DataLoader that changes the order of its data set, in which "
+                "scores are given. Pass its data set (X.dataset), or shuffle=False."
+            )
+        return X.dataset
+    if is_picture(X):
+        raise ValueError("X is one image; pass [X], a list of images.")
+    once = hasattr(X, "__iter__") and not hasattr(X, "__len__")
+    if isinstance(X, Iterator) or (once and not hasattr(X, "__array__")):
         raise ValueError(
-            f"X={shorten(os.fspath(X))!r} is one path; pass a list of image paths, "
-            "such as sorted(Path(folder).glob('*.png'))."
+            f"X={shorten(repr(X))} can be read once only; pass list(X), or sorted(X)."
         )
-    if isinstance(X, Iterator):
-        raise ValueError(f"X={X!r} can be read once only; pass list(X), or sorted(X).")
-    if hasattr(X, "iloc") and getattr(X, "ndim", 0) == 2 and X.shape[1] == 1:
-        X = X.iloc[:, 0]  # the path column a ColumnTransformer hands over
+    if isinstance(X, Mapping):
+        X = X[image_column(X)]
+    shape: Any = getattr(X, "shape", ())
+    if hasattr(X, "columns") and len(shape) == 2 and shape[1] == 1:
+        column = X[X.columns[0]]  # perhaps paths that a ColumnTransformer hands over
+        values = column.to_list() if hasattr(column, "to_list") else []
+        kinds = str | os.PathLike | Mapping
+        given = any(isinstance(x, kinds) or is_image(x) for x in values)
+        return values if given else X
+    if hasattr(X, "to_list") and len(shape) == 1:
+        return X.to_list()  # a column of pandas or polars
+    return X
+
+
+def _is_list(X: Any) -> bool:
+    return isinstance(X, Sequence | np.ndarray) and getattr(X, "ndim", 1) == 1
+
+
+def _as_paths(X: Any, skip: bool, white: float | None) -> ImagePaths | None:
+    """Give a sequence of paths, or None if X is none."""
     if isinstance(X, np.ndarray) and X.ndim == 2 and X.shape[1] == 1:
         X = X[:, 0] if X.dtype.kind in "OUS" else X
-    if not isinstance(X, Sequence | np.ndarray) and not hasattr(X, "iloc"):
+    if not _is_list(X):
         return None
-    if getattr(X, "ndim", 1) != 1:
-        return None
-    if len(X) == 0:
-        raise ValueError("X is empty: Found 0 samples; is the folder's name right?")
     if not any(isinstance(path, str | os.PathLike) for path in X):
         return None
     paths = np.empty(len(X), dtype=object)
-    paths[:] = [_path(path, i) for i, path in enumerate(X)]
+    paths[:] = [x if skip else _path(x, i) for i, x in enumerate(X)]
+    if skip:
+        paths[:] = [Path(x) if isinstance(x, str) else x for x in paths]
+        return ImagePaths(paths, white)
     # unlike Path.is_file, this takes names that are too long for none
     missing = [i for i, path in enumerate(paths) if not os.path.isfile(path)]
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(paths)} image files are missing: "
-            f"{ImagePaths(paths).name(missing)}"
+            f"{ImagePaths(paths).name(missing)}{_url_hint(X[missing[0]])}"
         )
-    return paths
+    return ImagePaths(paths, white)
+
+
+def _url_hint(path: Any) -> str:
+    url = re.match(r"\w\w+://", os.fspath(path))
+    return ". URLs are not read: download the files first" if url else ""
+
+
+def _as_items(
+    X: Any, white: float | None, image_shape: Shape | None
+) -> ImageItems | None:
+    """Give a data set, or a list whose images differ, or None if X is none."""
+    if isinstance(X, np.ndarray) and X.dtype == object and X.ndim == 1:
+        X = list(X)
+    if not isinstance(X, list | tuple):
+        told = ("__array__", "__array_interface__", "dtype", "iloc", "columns")
+        data_set = hasattr(X, "__getitem__") and hasattr(X, "__len__")
+        if not data_set or any(hasattr(X, name) for name in told):
+            return None
+        return None if isinstance(X, Sequence) else ImageItems(X, white, image_shape)
+    if is_item(X[0]):
+        return ImageItems(X, white, image_shape)
+    if not any(is_picture(x) or len(getattr(x, "shape", ())) > 1 for x in X):
+        return None
+    forms = {form(x) for x in X}
+    if len(forms) == 1 and None not in forms:
+        return None
+    return ImageItems(X, white, image_shape)
+
+
+def _refuse_text(X: Any) -> None:
+    """Refuse a table with a column of text, which may be the paths."""
+    if not hasattr(X, "columns") or not hasattr(X, "__getitem__") or not len(X):
+        return
+    for name in X.columns:
+        if isinstance(next(iter(X[name])), str):
+            raise ValueError(
+                f"X is a table of {len(X.columns)} columns, and {name!r} holds text. "
+                f"Pass that column alone, X[{name!r}], if it holds paths of images."
+            )
 
 
 def _path(path: Any, i: int) -> Path:
@@ -292,18 +258,16 @@ def _stack(X: Any) -> Any:
     if isinstance(X, np.ndarray) and X.ndim == 1 and X.dtype == object:
         X = list(X)
     if not isinstance(X, list | tuple) or not (
-        isinstance(X[0], Tensor) or hasattr(X[0], "__array_interface__")
+        is_tensor(X[0]) or hasattr(X[0], "__array_interface__")
     ):
         return X  # neither tensors nor arrays, such as Pillow's images
-    shapes = {np.shape(x) for x in X}
+    shapes = sorted({np.shape(x) for x in X})
     if len(shapes) > 1:
         raise ValueError(
-            f"X holds images of different shapes ({', '.join(map(str, sorted(shapes)))}"
-            "); resize them to one shape, or pass the paths of their files."
+            f"X holds rows of different shapes ({shorten(', '.join(map(str, shapes)))}"
+            "); images have a height and a width, and vectors one length."
         )
-    return np.stack(
-        [to_array(x) if isinstance(x, Tensor) else np.asarray(x) for x in X]
-    )
+    return np.stack([to_array(x) if is_tensor(x) else np.asarray(x) for x in X])
 
 
 def _unflatten(rows: NDArray[Any], image_shape: Shape | None) -> NDArray[Any]:
@@ -311,7 +275,8 @@ def _unflatten(rows: NDArray[Any], image_shape: Shape | None) -> NDArray[Any]:
         raise ValueError(
             f"X has rows of {rows.shape[1]} numbers, but the backbone takes images. "
             "Set image_shape=(channels, height, width) if each row is a flattened "
-            "image; Reshape your data to (n, height, width, channels) otherwise."
+            "image; Reshape your data to (n, height, width, channels) otherwise, which "
+            "is X[None] if X is one grey image."
         )
     if np.prod(image_shape) != rows.shape[1]:
         raise ValueError(
@@ -320,65 +285,3 @@ def _unflatten(rows: NDArray[Any], image_shape: Shape | None) -> NDArray[Any]:
         )
     height_width = tuple(image_shape[-2:])
     return rows.reshape(len(rows), -1, *height_width)
-
-
-def _channels_first(X: NDArray[Any], image_shape: Shape | None) -> NDArray[Any]:
-    """View images as (n, channels, height, width)."""
-    if X.ndim == 3:
-        X = X[:, None]
-        if image_shape is None:
-            return X
-    first, last = X, np.moveaxis(X, -1, 1)
-    if image_shape is not None:
-        shape = (1, *image_shape) if len(image_shape) == 2 else tuple(image_shape)
-        for view in (first, last):
-            if view.shape[1:] == shape:
-                return view
-        raise ValueError(
-            f"X has images of shape {X.shape[1:]}, but image_shape={shape} is expected."
-        )
-    channels = (1, 3, 4)
-    if X.shape[1] in channels and X.shape[-1] in channels:
-        raise ValueError(
-            f"X has shape {X.shape}: either axis 1 or axis 3 may be the channels. "
-            "Set image_shape=(channels, height, width)."
-        )
-    if X.shape[-1] in channels:
-        return last
-    if X.shape[1] in channels:
-        return first
-    raise ValueError(
-        f"X has shape {X.shape}: neither axis 1 nor axis 3 has 1, 3 or 4 channels. "
-        "Set image_shape=(channels, height, width)."
-    )
-
-
-def _white(dtype: np.dtype[Any]) -> float:
-    """Tell the value that stands for white."""
-    if dtype.kind == "f" or dtype.kind == "b":
-        return 1.0
-    return 65535.0 if dtype == np.uint16 else 255.0
-
-
-def _check_pixels(images: NDArray[Any]) -> NDArray[Any]:
-    """Refuse values that are no pixels: every network would see garbage."""
-    if images.size == 0:
-        raise ValueError(f"X has images of shape {images.shape[1:]}: 0 pixels.")
-    if images.dtype == np.uint8:
-        return images
-    low, high, white = images.min(), images.max(), _white(images.dtype)
-    # resampling may overshoot a little
-    slack = 0.01 if images.dtype.kind == "f" else 0
-    if low < -slack or high > white + slack:
-        raise ValueError(
-            f"X has pixels from {low:g} to {high:g} as {images.dtype}; images "
-            "are uint8 in 0..255 or floats in 0..1. Divide X by its white, or cast it "
-            "to uint8."
-        )
-    return images
-
-
-def chunks(index: NDArray[np.intp], size: int) -> Iterator[NDArray[np.intp]]:
-    """Cut positions into runs of at most `size`."""
-    for start in range(0, len(index), size):
-        yield index[start : start + size]

@@ -1,0 +1,253 @@
+"""Samples, as they were given: rows of numbers, images, or paths of image files."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..checks import shorten
+from ._decode import WHITE_16, fit_channels, image_size, read_image, resize_rows
+
+Shape = tuple[int, ...]
+N_NAMED = 200  # characters of names in an error
+
+
+class Vectors:
+    """Rows of numbers.
+
+    Attributes
+    ----------
+    rows : ndarray of shape (n, d)
+    shape : (d,)
+        Of one sample.
+    """
+
+    def __init__(self, rows: NDArray[Any]) -> None:
+        self.rows = rows
+        self.shape: Shape | None = rows.shape[1:]
+        self.kind = f"{rows.dtype}{self.shape}".encode()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, index: NDArray[Any]) -> Any:
+        """Select samples."""
+        part = copy.copy(self)
+        part.rows = self.rows[index]
+        return part
+
+    def batch(
+        self, index: NDArray[np.intp], size: Any = None, channels: int | None = None
+    ) -> Tensor:
+        """Give samples as a float32 tensor."""
+        return torch.from_numpy(self.rows[index].astype(np.float32))
+
+    def digest(self, i: int) -> bytes:
+        """Name a sample by its content."""
+        return _digest(self.kind + self.rows[i].tobytes())
+
+
+class Images(Vectors):
+    """Images in memory: uint8 in 0..255, or floats in [0, 1].
+
+    Attributes
+    ----------
+    rows : ndarray of shape (n, channels, height, width)
+        A view of what was given; nothing is converted before its batch is made.
+    shape : (channels, height, width)
+    """
+
+    def __init__(self, rows: NDArray[Any], white: float | None = None) -> None:
+        super().__init__(rows)
+        self.white = white_of(rows.dtype, white)
+        if self.white != white_of(rows.dtype):
+            self.kind += f"/{self.white}".encode()
+
+    def size(self, i: int) -> tuple[int, int]:
+        """Give the height and width of an image."""
+        height, width = self.rows.shape[2:]
+        return height, width
+
+    def batch(
+        self,
+        index: NDArray[np.intp],
+        size: tuple[int, int] | None = None,
+        channels: int | None = None,
+    ) -> Tensor:
+        """Give images as a float32 tensor in [0, 1], resized."""
+        # grey stays one channel: what is repeated later need not be resized thrice
+        wanted = channels if self.rows.shape[1] > 1 else None
+        height, width = self.rows.shape[2:]
+
+        def rows(top: int, bottom: int) -> Tensor:
+            strip = self.rows[index, :, top:bottom].astype(np.float32)
+            return fit_channels(torch.from_numpy(strip).div_(self.white), wanted)
+
+        return resize_rows(rows, len(index), (height, width), size)
+
+
+class ImagePaths(Vectors):
+    """Paths of image files, read when their batch comes.
+
+    Attributes
+    ----------
+    rows : ndarray of object, shape (n,)
+        The paths.
+    positions : ndarray of int, shape (n,)
+        Their positions in X, by which errors name them.
+    shape : None
+        Files may differ in size.
+    """
+
+    threads: int | None = None  # that read; None: as many as torch has
+
+    def __init__(self, rows: NDArray[Any], white: float | None = None) -> None:
+        super().__init__(rows)
+        self.positions = np.arange(len(rows))
+        self.shape = None
+        self.white = white
+
+    def take(self, index: NDArray[Any]) -> ImagePaths:
+        """Select samples."""
+        part: ImagePaths = super().take(index)
+        part.positions = self.positions[index]
+        return part
+
+    def name(self, index: Sequence[int]) -> str:
+        """Name samples and their positions in X; the first ones of many."""
+        named: list[str] = []
+        for i in index:
+            text = self._name(i)
+            if named and sum(map(len, named)) + len(text) > N_NAMED:
+                return ", ".join([*named, f"and {len(index) - len(named)} more"])
+            named.append(text)
+        return ", ".join(named)
+
+    def _name(self, i: int) -> str:
+        return f"{shorten(str(self.rows[i]), 100)!r} (X[{self.positions[i]}])"
+
+    def read(
+        self, i: int, size: tuple[int, int] | None, channels: int | None
+    ) -> Tensor:
+        """Read, resize and return the image of one path, without batch axis."""
+        path = self.rows[i]
+        if not isinstance(path, str | os.PathLike):
+            raise ValueError(f"{shorten(repr(path), 60)} is no path")
+        return read_image(path, size, channels, self.white)
+
+    def size(self, i: int) -> tuple[int, int]:
+        """Give the height and width of an image."""
+        return image_size(self.rows[i])
+
+    def digest(self, i: int) -> bytes:
+        """Name a file by its path, size and times of change, without reading it."""
+        if not isinstance(self.rows[i], str | os.PathLike):  # reading it will tell
+            return _digest(repr(self.rows[i]).encode())
+        return file_digest(self.rows[i], self.white)
+
+
+def file_digest(path: str | os.PathLike[str], white: float | None) -> bytes:
+    """Name a file by its path, size and times of change."""
+    path = os.path.abspath(path)
+    key = path if white in (None, WHITE_16) else f"{path}\0{white}"
+    try:
+        stat = os.stat(path)
+    except OSError:  # gone since X was checked: reading it will tell
+        return _digest(key.encode())
+    # who replaces a file can set its mtime, but not its ctime
+    times = f"{stat.st_mtime_ns}\0{stat.st_ctime_ns}"
+    return _digest(f"{key}\0{stat.st_size}\0{times}".encode())
+
+
+def _digest(content: bytes) -> bytes:
+    return blake2b(content, digest_size=16).digest()
+
+
+def channels_first(X: NDArray[Any], image_shape: Shape | None) -> NDArray[Any]:
+    """View images as (n, channels, height, width)."""
+    if X.ndim == 3:
+        if image_shape is None and X.shape[-1] in (3, 4):
+            raise ValueError(
+                f"X has shape {X.shape}, as one colour image has. If it is one, pass "
+                "X[None]; if X holds grey images, pass X[..., None]."
+            )
+        X = X[:, None]
+        if image_shape is None:
+            return X
+    first, last = X, np.moveaxis(X, -1, 1)
+    if image_shape is not None:
+        shape = (1, *image_shape) if len(image_shape) == 2 else tuple(image_shape)
+        for view in (first, last):
+            if view.shape[1:] == shape:
+                return view
+        raise ValueError(
+            f"X has images of shape {X.shape[1:]}, but image_shape={shape} is expected."
+        )
+    channels = (1, 3, 4)
+    if X.shape[1] in channels and X.shape[-1] in channels:
+        raise ValueError(
+            f"X has shape {X.shape}: either axis 1 or axis 3 may be the channels. "
+            "Set image_shape=(channels, height, width)."
+        )
+    if X.shape[-1] in channels:
+        return last
+    if X.shape[1] in channels:
+        return first
+    raise ValueError(
+        f"X has shape {X.shape}: neither axis 1 nor axis 3 has 1, 3 or 4 channels. "
+        "Set image_shape=(channels, height, width)."
+    )
+
+
+def white_of(dtype: np.dtype[Any], white: float | None = None) -> float:
+    """Tell the value that stands for white; `white` is that of more than 8 bits."""
+    if dtype.kind == "f" or dtype.kind == "b":
+        return 1.0
+    if white is not None and dtype.itemsize > 1:
+        return white
+    return WHITE_16 if dtype == np.uint16 else 255.0
+
+
+def check_pixels(images: Images) -> Images:
+    """Refuse values that are no pixels: every network would see garbage."""
+    rows, white = images.rows, images.white
+    if rows.size == 0:
+        raise ValueError(f"X has images of shape {rows.shape[1:]}: 0 pixels.")
+    if rows.dtype == np.uint8:
+        return images
+    low, high = rows.min(), rows.max()
+    if not (np.isfinite(low) and np.isfinite(high)):
+        wrong = [i for i, row in enumerate(rows) if not np.isfinite(row).all()]
+        found = "NaN" if np.isnan(rows[wrong[0]]).any() else "infinity"
+        raise ValueError(
+            f"Input X contains {found}: {len(wrong)} of {len(rows)} images have such "
+            f"pixels, the first of them is X[{wrong[0]}]. Fill the pixels (np.nan_to_"
+            "num), or leave these images out."
+        )
+    # resampling may overshoot a little
+    slack = 0.01 if rows.dtype.kind == "f" else 0
+    if low < -slack or high > white + slack:
+        raise ValueError(
+            f"X has pixels from {low:g} to {high:g} as {rows.dtype}; images "
+            f"are uint8 in 0..255{_deep(rows.dtype, white)} or floats in 0..1. Divide "
+            "X by its white, or cast it to uint8."
+        )
+    return images
+
+
+def _deep(dtype: np.dtype[Any], white: float) -> str:
+    return f", {dtype} in 0..{white:g}" if white not in (1, 255) else ""
+
+
+def chunks(index: NDArray[np.intp], size: int) -> Iterator[NDArray[np.intp]]:
+    """Cut positions into runs of at most `size`."""
+    for start in range(0, len(index), size):
+        yield index[start : start + size]
