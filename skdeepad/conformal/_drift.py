@@ -201,16 +201,13 @@ class DriftMonitor(ParametersMixin, MetaEstimatorMixin, BaseEstimator):
         found = np.column_stack([scores, *self._measure(X).values()])
         found = found[~np.isnan(found).any(axis=1)]
         pools = [pool.tolist() for pool in self._pools.values()]
-        n_before, won = len(self.history_), []
-        for t, values in enumerate(found, start=n_before + 1):
-            p = [
-                _smoothed_p_value(pool, value, self._rng.uniform())
-                for pool, value in zip(pools, values, strict=True)
-            ]
-            self._capital = _bet(self._capital, np.array(p), t)
-            kept = -np.log(np.log2(t + 2))
-            won.append(np.logaddexp(kept, logsumexp(self._capital, axis=1)))
-        history = np.reshape(won, found.shape) / np.log(10)
+        draws = self._rng.uniform(size=found.shape)
+        p = [
+            [_smoothed_p_value(*of_one) for of_one in zip(pools, *row, strict=True)]
+            for row in zip(found, draws, strict=True)
+        ]
+        n_before = len(self.history_)
+        history = self._bet(np.reshape(p, found.shape)) / np.log(10)
         self._pools = dict(zip(self._pools, map(np.array, pools), strict=True))
         self._recent = np.concatenate([self._recent, found])[-N_RECENT:]
         self.history_ = np.concatenate([self.history_, history])
@@ -218,6 +215,24 @@ class DriftMonitor(ParametersMixin, MetaEstimatorMixin, BaseEstimator):
         if len(over) and not self.alarm_:
             self.alarm_, self.alarm_at_ = True, n_before + int(over[0])
         return self
+
+    def _bet(self, p: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Bet on p-values, one row after the other; give the logarithms of capital."""
+        if not len(p):
+            return p
+        t = len(self.history_) + np.arange(len(p) + 1)
+        left = 1 / np.log2(t + 2)  # of the stake
+        stakes = (left[:-1] - left[1:]) / (2 * len(EXPONENTS))
+        powers = (EXPONENTS - 1) * np.log(np.stack([p, 1 - p]))[..., None]
+        growth = np.concatenate([*(powers + np.log(EXPONENTS))], axis=-1)
+        total = np.cumsum(growth, axis=0)
+        # each stake grows from the step on in which it is put on the bets
+        since = np.log(stakes)[:, None, None] - (total - growth)
+        started = np.logaddexp.accumulate(since, axis=0)
+        capital = total + np.logaddexp(self._capital, started)
+        self._capital = capital[-1]
+        kept = np.log(left[1:])[:, None]
+        return np.logaddexp(kept, np.asarray(logsumexp(capital, axis=2)))
 
     def report(self) -> str:
         """Say in words how recent samples differ from the training samples.
@@ -282,16 +297,6 @@ def _smoothed_p_value(pool: list[float], value: float, u: float) -> float:
     p = (below + u * (up_to - below + 1)) / (len(pool) + 1)
     pool.insert(up_to, value)
     return float(np.clip(p, 1e-12, 1 - 1e-12))
-
-
-def _bet(
-    capital: NDArray[np.float64], p: NDArray[np.float64], t: int
-) -> NDArray[np.float64]:
-    """Give the logarithms of each bet's capital after the t-th p-value."""
-    stake = np.log(1 / np.log2(t + 1) - 1 / np.log2(t + 2)) - np.log(2 * len(EXPONENTS))
-    powers = np.outer(np.log(p), EXPONENTS - 1), np.outer(np.log1p(-p), EXPONENTS - 1)
-    won = np.hstack([power + np.log(EXPONENTS) for power in powers])
-    return np.logaddexp(capital, stake) + won
 
 
 def _mean(history: NDArray[np.float64]) -> NDArray[np.float64]:
