@@ -81,4 +81,5 @@ class RefittedDetector(MetaEstimatorMixin, AnomalyDetector):
             that it would have as a new one.
         """
         check_is_fitted(self)
-        return self._held_out.recall(sample_digests(X), self._new_scores(X))
+        scores = self._new_scores(X)  # the estimator checks X, and names of columns
+        return self._held_out.recall(sample_digests(X), scores)
