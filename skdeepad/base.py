@@ -409,8 +409,9 @@ class AnomalyDetector(ParametersMixin, OutlierMixin, BaseEstimator):
         that are exchangeable with the training samples, on average over training
         sets. ``ConformalDetector(method="cv+")`` guarantees 2 t and a little. Other
         detectors compare leave-one-out or out-of-fold scores with scores by all
-        samples: there P(p <= t) was measured to be t within sampling error
-        (docs/error_rates.md has the table), but no theorem says so.
+        samples: no theorem bounds P(p <= t). It was measured to be about t for
+        scorers and `PANDAEstimator`, and too large, up to 2 t, for
+        ``KDClonerEstimator()`` (docs/error_rates.md has the table).
 
         References
         ----------
