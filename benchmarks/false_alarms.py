@@ -23,7 +23,7 @@ from sklearn.pipeline import make_pipeline
 
 from skdeepad import (
     BackboneFeatures,
-    CrossFittedDetector,
+    ConformalDetector,
     DeepSAD,
     DeepSVDD,
     DetectorEnsemble,
@@ -64,7 +64,7 @@ def detectors() -> dict[str, Any]:
     return {
         "ensemble": DetectorEnsemble(),
         "whitened_knn": whitened(KNNScorer(metric="mahalanobis")),
-        "pca_cross_fitted": CrossFittedDetector(whitened(pca)),
+        "pca_cross_fitted": ConformalDetector(whitened(pca)),
         "pca_pipeline": whitened(pca),  # what a user would write: does not hold
         "mahalanobis": MahalanobisFeatureScorer(image_size=64),
         "panda": PANDAEstimator(image_size=64),
@@ -148,9 +148,7 @@ def vectors(draws: int) -> dict[str, dict[int, float]]:
         "DetectorEnsemble()": DetectorEnsemble(),
         "PCA, KNNScorer()": make_pipeline(PCA(0.99, whiten=True), KNNScorer()),
     }
-    scorers["CrossFittedDetector of it"] = CrossFittedDetector(
-        scorers["PCA, KNNScorer()"]
-    )
+    scorers["ConformalDetector of it"] = ConformalDetector(scorers["PCA, KNNScorer()"])
     found: dict[str, dict[int, float]] = {name: {} for name in scorers}
     for n in (20, 50, 200, 2000):
         for name, scorer in scorers.items():

@@ -12,8 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .conformal import ConformalDetector, RobustDetector
     from .detectors import (
-        CrossFittedDetector,
         DeepSAD,
         DeepSVDD,
         DetectorEnsemble,
@@ -40,7 +40,7 @@ _HOMES = {
     "BackboneFeatures": "features",
     "CentroidScorer": "scorers",
     "ClassGaussianScorer": "scorers",
-    "CrossFittedDetector": "detectors",
+    "ConformalDetector": "conformal",
     "DeepSAD": "detectors",
     "DeepSVDD": "detectors",
     "DetectorEnsemble": "detectors",
@@ -54,6 +54,7 @@ _HOMES = {
     "OpenSetClassifier": "detectors",
     "PANDAEstimator": "detectors",
     "PseudoAnomalyScorer": "model_selection",
+    "RobustDetector": "conformal",
     "compare_detectors": "model_selection",
     "load": "persistence",
     "save": "persistence",
@@ -61,6 +62,7 @@ _HOMES = {
 _MODULES = frozenset(
     [
         "backbones",
+        "conformal",
         "datasets",
         "detectors",
         "extension",
@@ -78,7 +80,7 @@ __all__ = [
     "BackboneFeatures",
     "CentroidScorer",
     "ClassGaussianScorer",
-    "CrossFittedDetector",
+    "ConformalDetector",
     "DeepSAD",
     "DeepSVDD",
     "DetectorEnsemble",
@@ -92,6 +94,7 @@ __all__ = [
     "OpenSetClassifier",
     "PANDAEstimator",
     "PseudoAnomalyScorer",
+    "RobustDetector",
     "compare_detectors",
     "load",
     "save",

@@ -26,6 +26,8 @@ from .parameters import ParametersMixin
 __all__ = [
     "AnomalyDetector",
     "check_groups",
+    "conformal_p_values",
+    "count_below",
     "draw_seed",
     "keep_state_on_error",
     "known_normal",
@@ -51,7 +53,8 @@ def seeded_clone(estimator: Any, rng: np.random.RandomState) -> Any:
         for name, value in estimator.get_params().items()
         if f"__{name}".endswith("__random_state") and value is None
     ]
-    return estimator.set_params(**{name: draw_seed(rng) for name in unseeded})
+    estimator.set_params(**{name: draw_seed(rng) for name in unseeded})
+    return estimator
 
 
 def check_groups(groups: ArrayLike | None, n_samples: int) -> NDArray[Any] | None:
@@ -84,6 +87,27 @@ def threshold_below(scores: NDArray[np.float64], share: float) -> float:
         return float(ordered[0] - rounding[0])
     weight = min(max(weight, 0.05), 0.95)
     return float((1 - weight) * ordered[k - 1] + weight * ordered[k])
+
+
+def count_below(
+    held_out_scores: NDArray[np.float64], scores: NDArray[np.float64]
+) -> NDArray[np.intp]:
+    """Count for each score the sorted held-out scores that are no greater.
+
+    Scores that are tied but for rounding count as tied.
+    """
+    if not len(held_out_scores):
+        return np.zeros(len(scores), dtype=np.intp)
+    sizes = np.maximum(np.abs(scores), np.median(np.abs(held_out_scores)))
+    return np.searchsorted(held_out_scores, scores + ROUNDING * sizes, side="right")
+
+
+def conformal_p_values(
+    held_out_scores: NDArray[np.float64], scores: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Give ``(1 + #{held-out score <= score}) / (n + 1)``; NaN for scores of NaN."""
+    p = (1 + count_below(held_out_scores, scores)) / (len(held_out_scores) + 1)
+    return np.where(np.isnan(scores), np.nan, p)
 
 
 def keep_state_on_error(fit: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,6 +143,9 @@ class AnomalyDetector(ParametersMixin, OutlierMixin, BaseEstimator):
     offset_ : float
         The threshold on ``score_samples``: the `contamination` quantile of the scores
         of training samples as if they were new.
+    held_out_scores_ : ndarray of float64, shape (n_held_out,)
+        Scores of normal training samples that did not train on themselves, sorted:
+        what `p_values` compares with.
     n_features_in_ : int
         Number of columns seen in `fit`, where X was 2-D.
     feature_names_in_ : ndarray of str
@@ -137,18 +164,22 @@ class AnomalyDetector(ParametersMixin, OutlierMixin, BaseEstimator):
     _saved: ClassVar[dict[str, Any]] = {}
 
     def _set_offset(
-        self, held_out_scores: NDArray[np.float64], n_unseen: int | None = None
+        self,
+        held_out_scores: NDArray[np.float64],
+        unseen: NDArray[np.bool_] | None = None,
     ) -> None:
         """Put the threshold where `contamination` of new normal rows fall below.
 
-        `n_unseen` of the scores (None: all) say how new ones are distributed.
+        Those of the scores that are `unseen` (None: all) say how new ones are
+        distributed.
 
         Warns
         -----
         UserWarning
             If there are too few scores for so small a share.
         """
-        n = len(held_out_scores) if n_unseen is None else n_unseen
+        told = held_out_scores if unseen is None else held_out_scores[unseen]
+        n = len(told)
         if self.contamination * (n + 1) < 1:
             needed = math.ceil(1 / self.contamination - 1)
             warnings.warn(
@@ -161,8 +192,9 @@ class AnomalyDetector(ParametersMixin, OutlierMixin, BaseEstimator):
                 stacklevel=3,
             )
         self.offset_ = threshold_below(held_out_scores, self.contamination)
-        self._threshold_scores: NDArray[np.float64] | None = np.sort(held_out_scores)
-        self._n_unseen = n
+        self.held_out_scores_ = np.sort(told)
+        self._threshold_scores: NDArray[np.float64] | None = held_out_scores
+        self._unseen = unseen
 
     @keep_state_on_error
     def recalibrate(
@@ -225,7 +257,7 @@ class AnomalyDetector(ParametersMixin, OutlierMixin, BaseEstimator):
                 "with contamination=None, or by an older version). Pass X_good, some "
                 "normal samples."
             )
-        self._set_offset(kept, self._n_unseen)
+        self._set_offset(kept, self._unseen)
 
     def score_samples(self, X: Any) -> NDArray[np.float64]:
         """Score each sample; the higher, the more normal.
@@ -263,6 +295,63 @@ class AnomalyDetector(ParametersMixin, OutlierMixin, BaseEstimator):
             unreadable image, skipped) is not known to be good, and gets -1.
         """
         return np.where(self.decision_function(X) >= 0, 1, -1)
+
+    def p_values(self, X: Any) -> NDArray[np.float64]:
+        """Tell how unusual each sample would be among normal ones.
+
+        The conformal p-value is ``(1 + #{held-out score <= score}) / (n + 1)``, where n
+        scores of normal training samples, `held_out_scores_`, did not train on
+        themselves. A new normal sample has a p-value of at most t with probability t,
+        about; a small one is evidence of an anomaly.
+
+        Parameters
+        ----------
+        X : array-like
+            Samples, in any form that `fit` takes.
+
+        Returns
+        -------
+        ndarray of float64, shape (n_samples,)
+            In [1 / (n + 1), 1]. Scores that are tied, but for rounding, count as tied,
+            which makes p-values larger. A training sample gets the p-value of its
+            held-out score, which counts itself and so is at least 2 / (n + 1). NaN
+            where a sample has no score (an unreadable image, skipped).
+
+        Raises
+        ------
+        ValueError
+            If the detector keeps no held-out scores: it was fitted with
+            ``contamination=None``, or by version 0.1.0.
+
+        See Also
+        --------
+        skdeepad.conformal.select_anomalies : Limits the share of false alarms.
+
+        Notes
+        -----
+        What is guaranteed: where held-out scores come from samples that no step
+        learnt from (`HSCClassifier`, `DeepSVDD`, `DeepSAD`, `OpenSetClassifier`,
+        ``KDClonerEstimator(discrepancy="mahalanobis")``,
+        ``ConformalDetector(method="split")``), P(p <= t) <= t for new normal samples
+        that are exchangeable with the training samples, on average over training
+        sets. ``ConformalDetector(method="cv+")`` guarantees 2 t and a little. Other
+        detectors compare leave-one-out or out-of-fold scores with scores by all
+        samples: no theorem bounds P(p <= t). It was measured to be about t for
+        scorers and `PANDAEstimator`, and too large, up to 2 t, for
+        ``KDClonerEstimator()`` (docs/error_rates.md has the table).
+
+        References
+        ----------
+        .. [1] S. Bates et al., "Testing for Outliers with Conformal p-values",
+           The Annals of Statistics 51(1), 2023.
+        """
+        scores = self.score_samples(X)
+        if not hasattr(self, "held_out_scores_"):
+            raise ValueError(
+                f"This {type(self).__name__} keeps no held-out scores: it was fitted "
+                "with contamination=None, or by version 0.1.0. Fit it again."
+            )
+        return conformal_p_values(self.held_out_scores_, scores)
 
     def fit_predict(self, X: Any, y: ArrayLike | None = None) -> NDArray[np.int_]:
         """Fit to X and tell its normal samples from its anomalies.

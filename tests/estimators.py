@@ -23,4 +23,7 @@ def make(public, **options):
     if takes(public, "estimator"):
         inner = make(skdeepad.MahalanobisFeatureScorer, **options)
         options = {**options, "estimator": inner}
+    if takes(public, "training_contamination"):
+        # what stands out among training samples would be flagged beside `contamination`
+        options = {"training_contamination": 0.0, **options}
     return public(**{name: v for name, v in options.items() if takes(public, name)})

@@ -35,7 +35,7 @@ from skdeepad import (
     BackboneFeatures,
     CentroidScorer,
     ClassGaussianScorer,
-    CrossFittedDetector,
+    ConformalDetector,
     DeepSAD,
     DeepSVDD,
     DetectorEnsemble,
@@ -47,7 +47,9 @@ from skdeepad import (
     MahalanobisFeatureScorer,
     OpenSetClassifier,
     PANDAEstimator,
+    RobustDetector,
 )
+from skdeepad.conformal import DriftMonitor
 
 
 class Network(nn.Sequential):
@@ -95,8 +97,11 @@ SETTINGS = [
     OpenSetClassifier(head="cosine", anomaly_score="h", max_steps=50),
     OpenSetClassifier(n_members=2, reconstruction_weight=0.1, max_steps=50),
     KNNScorer(metric="mahalanobis"),
-    CrossFittedDetector(make_pipeline(GaussianScorer(), KNNScorer()), cv=5),
-    CrossFittedDetector(IsolationForest(n_estimators=5, random_state=0)),
+    ConformalDetector(make_pipeline(GaussianScorer(), KNNScorer()), cv=5),
+    ConformalDetector(IsolationForest(n_estimators=5, random_state=0)),
+    ConformalDetector(GaussianScorer(), method="split"),
+    ConformalDetector(KNNScorer(), method="cv+"),
+    RobustDetector(GaussianScorer(), training_contamination=0.0),
     DetectorEnsemble(
         [
             ("knn", KNNScorer()),
@@ -118,6 +123,14 @@ def test_scikit_learn_check(estimator, check):
         check(estimator)
     except SkipTest as reason:
         pytest.fail(f"skipped: {reason}")
+
+
+@parametrize_with_checks(
+    [DriftMonitor(KNNScorer()), DriftMonitor(DeepSVDD(max_steps=5))]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_scikit_learn_check_of_the_monitor(estimator, check):
+    check(estimator)
 
 
 OUTLIER_CHECKS = [

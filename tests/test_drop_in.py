@@ -59,7 +59,7 @@ CHOICES = {
     "BackboneFeatures": {"stages": ["stage1", "stage2"]},
     "CentroidScorer": {"metric": ["euclidean", "cosine"]},
     "ClassGaussianScorer": {"covariance": ["diagonal", "oas"]},
-    "CrossFittedDetector": {"estimator__stages": ["stage1", "stage2"]},
+    "ConformalDetector": {"estimator__stages": ["stage1", "stage2"]},
     "DeepSAD": {"learning_rate": [1e-4, 1e-2]},
     "DeepSVDD": {"learning_rate": [1e-4, 1e-2]},
     "DetectorEnsemble": {"weights": [[1, 0], [0, 1]]},
@@ -71,6 +71,7 @@ CHOICES = {
     "MahalanobisFeatureScorer": {"stages": ["stage1", "stage2"]},
     "OpenSetClassifier": {"head": ["linear", "cosine"]},
     "PANDAEstimator": {"normalize": [True, False]},
+    "RobustDetector": {"estimator__stages": ["stage1", "stage2"]},
 }
 BUDGETS = {"max_steps": 2, "pretrain_steps": 1, "batch_size": 8, "random_state": 0}
 # images first: loky starts a process anew that grows much after its first tasks

@@ -80,7 +80,7 @@ class Forgetful(MahalanobisFeatureScorer):
 class Optimistic(MahalanobisFeatureScorer):
     """Takes its threshold from the scores of what it was trained on."""
 
-    def _set_threshold(self, digests, scores, n_unseen=None):
+    def _set_threshold(self, digests, scores, unseen=None):
         super()._set_threshold(digests, np.zeros_like(scores) - 1e-3)
 
 

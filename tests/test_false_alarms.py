@@ -12,7 +12,7 @@ from sklearn.ensemble import IsolationForest
 from sklearn.pipeline import make_pipeline
 
 from skdeepad import (
-    CrossFittedDetector,
+    ConformalDetector,
     DeepSAD,
     DeepSVDD,
     DetectorEnsemble,
@@ -32,9 +32,7 @@ RECIPES = {
     "whitened neighbours": WHITENED,
     "whitened PANDA": PANDAEstimator(scorer=WHITENED, max_steps=20),
     "residuals": KDClonerEstimator(discrepancy="mahalanobis", max_steps=20),
-    "cross-fitted": CrossFittedDetector(
-        make_pipeline(PCA(40, whiten=True), KNNScorer())
-    ),
+    "cross-fitted": ConformalDetector(make_pipeline(PCA(40, whiten=True), KNNScorer())),
     "whitened member": DetectorEnsemble(
         [("pca", make_pipeline(PCA(40, whiten=True), KNNScorer()))]
     ),
@@ -99,7 +97,7 @@ def test_what_the_recipes_are_for():
     """Whitening before nearest neighbours flags far too many."""
     naive = make_pipeline(PCA(whiten=True), KNNScorer(contamination=SHARE))
     whitened = KNNScorer(metric="mahalanobis", contamination=SHARE)
-    cross_fitted = CrossFittedDetector(naive, contamination=SHARE)
+    cross_fitted = ConformalDetector(naive, contamination=SHARE)
     X, new = np.random.default_rng(0).normal(size=(2, 200, 100))
     flagged = [
         (detector.fit(X).predict(new) == -1).mean()

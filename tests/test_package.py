@@ -25,6 +25,7 @@ from skdeepad.base import AnomalyDetector
 ROOT = Path(skdeepad.__file__).parent
 MODULES = [
     "backbones",
+    "conformal",
     "datasets",
     "detectors",
     "extension",
@@ -61,6 +62,7 @@ METHODS = {
 # Imports run downwards only: each room stands on rooms of the lines below it.
 HOUSE = [
     ("extension", "persistence", "representation"),
+    ("conformal",),
     ("detectors",),
     ("features", "fisher", "localization"),
     ("cache", "inference", "scorers"),

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from skdeepad import (
     BackboneFeatures,
-    CrossFittedDetector,
+    ConformalDetector,
     HSCClassifier,
     KNNScorer,
     MahalanobisFeatureScorer,
@@ -320,7 +320,7 @@ def test_polars_through_scikit_learn(images, paths):
 @pytest.mark.parametrize("form", ["folder", "data set"])
 def test_meta_estimators_take_them_too(form, images, folder):
     X = folder if form == "folder" else DataSet(images)
-    model = CrossFittedDetector(make(), cv=3, contamination=0.2).fit(X)
+    model = ConformalDetector(make(), cv=3, contamination=0.2).fit(X)
     assert model.score_samples(X).shape == (N,)
 
 

@@ -1,6 +1,5 @@
 """Detectors on images: one file a method."""
 
-from ._cross_fitted import CrossFittedDetector
 from ._deep_sad import DeepSAD
 from ._deep_svdd import DeepSVDD
 from ._ensemble import DetectorEnsemble
@@ -11,7 +10,6 @@ from ._open_set import OpenSetClassifier
 from ._panda import PANDAEstimator
 
 __all__ = [
-    "CrossFittedDetector",
     "DeepSAD",
     "DeepSVDD",
     "DetectorEnsemble",

@@ -136,13 +136,13 @@ class BackboneDetector(AnomalyDetector, BackboneEstimator):
         self,
         digests: NDArray[np.uint64],
         scores: NDArray[np.float64],
-        n_unseen: int | None = None,
+        unseen: NDArray[np.bool_] | None = None,
     ) -> None:
         """Set the threshold by scores of training images as if they were new.
 
-        `n_unseen` of them (None: all) say how scores of new ones are distributed.
+        Those that are `unseen` (None: all) say how scores of new ones are distributed.
         """
-        self._set_offset(scores, n_unseen)
+        self._set_offset(scores, unseen)
         self._held_out: HeldOutScores | None = HeldOutScores(digests, scores)
 
     def score_samples(self, X: Any) -> NDArray[np.float64]:

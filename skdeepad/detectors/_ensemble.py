@@ -33,13 +33,8 @@ from ..features import BackboneEstimator, BackboneFeatures
 from ..inference import BLOCK
 from ..inputs import Vectors, check_inputs, open_inputs
 from ..scorers import KNNScorer
-from ..scorers._base import HeldOutScores, copies_together
-from ._cross_fitted import (
-    fit_detector,
-    refitted_scores,
-    sample_digests,
-    scores_are_held_out,
-)
+from ..scorers._base import HeldOutScores
+from ._refits import RefitSamples, sample_digests, scores_are_held_out
 
 MIN_RATIO = 1e-9  # of a score and the median: the logarithm of 0 is not finite
 N_FOLDS = 10  # for members that do not know their held-out scores
@@ -205,8 +200,7 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
         known = [self._knows_held_out(member, groups) for member in self.estimators_]
         self._held_out: HeldOutScores | None = None
         if not all(known):
-            digests = sample_digests(rows)
-            related = copies_together(digests) if groups is None else groups[normal]
+            samples = RefitSamples.check(X, y, groups)
         columns = []
         fronts = [clone(front) for front in frozen_fronts(self.estimators_)]
         for front in fronts:
@@ -214,15 +208,12 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
         cache = MemoryCache(front._front() for front in fronts)
         for i, knows in enumerate(known):
             member = with_memory(self.estimators_[i], cache)
-            if knows and groups is not None:
-                member.fit(X, y, groups)
+            if knows:
+                member.fit(X, y, **({} if groups is None else {"groups": groups}))
+                columns.append(member.score_samples(rows))
             else:
-                fit_detector(member, X, y, normal)
-            columns.append(
-                member.score_samples(rows)
-                if knows
-                else refitted_scores(member, X, y, normal, related, N_FOLDS)
-            )
+                samples.fit(member)
+                columns.append(samples.refitted_scores(member, N_FOLDS))
             self.estimators_[i] = with_memory(member, None)
         scores = np.column_stack(columns)
         scored = ~np.isnan(scores).any(axis=1)  # unreadable files are not
@@ -240,7 +231,7 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
         combined = self._combine(scores[scored])
         self._set_offset(combined)
         if not all(known):
-            self._held_out = HeldOutScores(digests[scored], combined)
+            self._held_out = HeldOutScores(samples.digests[scored], combined)
         return self
 
     @staticmethod

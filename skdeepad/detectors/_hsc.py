@@ -260,6 +260,7 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
         self._freeze_network()
         if self.contamination is None:
             self._held_out = self._threshold_scores = None
+            self.__dict__.pop("held_out_scores_", None)  # of a fit before
             self.offset_ = -math.log(2) if self.objective == "hsc" else 0.0
             found = self._scored_outputs(outputs, rows[:N_CHECKED])
             self._warn_of_collapse(self._score(found))

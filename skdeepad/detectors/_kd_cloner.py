@@ -428,7 +428,7 @@ default="discrepancy"
         trained, unseen = scores[~held_out], scores[held_out]
         if self._network.scored:  # precisions were learnt from those trained on
             scores[~held_out] = by_rank_as_unseen(trained, unseen)
-            self._set_threshold(row_digests(losses), scores, len(unseen))
+            self._set_threshold(row_digests(losses), scores, held_out)
             return
         scores[~held_out] = as_unseen(trained, unseen)
         self._set_threshold(row_digests(losses), scores)

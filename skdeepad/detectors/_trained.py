@@ -324,7 +324,7 @@ class ObjectiveDetector(TrainedDetector):
         self._warn_of_collapse(scores)
         if not held_out.all():
             scores[~held_out] = by_rank_as_unseen(scores[~held_out], scores[held_out])
-        self._set_threshold(row_digests(found), scores, int(held_out.sum()))
+        self._set_threshold(row_digests(found), scores, held_out)
 
     def _warn_of_collapse(self, scores: NDArray[np.float64]) -> None:
         """Warn if all images have one score."""

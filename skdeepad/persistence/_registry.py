@@ -20,7 +20,7 @@ from typing import Any
 from sklearn.base import BaseEstimator
 
 # imported, so that `find_schema` finds what they hold
-from .. import detectors, features, scorers  # noqa: F401
+from .. import conformal, detectors, features, scorers  # noqa: F401
 from ..backbones import Backbone, is_pretrained, load_backbone
 from ..backbones._structure import SAVED_FUNCTIONS
 from ..frozen import weights_digest
@@ -40,6 +40,7 @@ SKLEARN: dict[str, dict[str, Held]] = {
     "sklearn.decomposition._pca:PCA": {},
     "sklearn.decomposition._truncated_svd:TruncatedSVD": {},
     "sklearn.feature_selection._variance_threshold:VarianceThreshold": {},
+    "sklearn.frozen._frozen:FrozenEstimator": {"estimator": (BaseEstimator,)},
     "sklearn.impute._base:SimpleImputer": {},
     "sklearn.linear_model._base:LinearRegression": {},
     "sklearn.linear_model._logistic:LogisticRegression": {},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from typing import Any, ClassVar
 
@@ -92,24 +92,28 @@ def copies_together(digests: NDArray[np.uint64]) -> NDArray[np.intp]:
     return first[inverse]
 
 
-def cross_fitted_scores(
-    groups: NDArray[Any],
-    score: Callable[[NDArray[np.intp], NDArray[np.intp]], NDArray[np.float64]],
-    n_folds: int = 10,
-) -> NDArray[np.float64]:
-    """Score each row by what ``score(train, test)`` learnt without the row's fold.
-
-    Rows of one group are in one fold.
-    """
+def split_in_folds(
+    groups: NDArray[Any], n_folds: int, seed: int = 0
+) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+    """Split rows in folds; rows of one group are in one fold."""
     n_groups = len(np.unique(groups))
     if n_groups < 2:
         raise ValueError(
             "All training samples are copies of one sample, or belong to one "
             "group, so none can be held out. Pass samples of at least two groups."
         )
+    folds = GroupKFold(min(n_folds, n_groups), shuffle=True, random_state=seed)
+    return folds.split(groups, groups=groups)
+
+
+def cross_fitted_scores(
+    groups: NDArray[Any],
+    score: Callable[[NDArray[np.intp], NDArray[np.intp]], NDArray[np.float64]],
+    n_folds: int = 10,
+) -> NDArray[np.float64]:
+    """Score each row by what ``score(train, test)`` learnt without the row's fold."""
     scores = np.empty(len(groups))
-    folds = GroupKFold(min(n_folds, n_groups), shuffle=True, random_state=0)
-    for train, test in folds.split(groups, groups=groups):
+    for train, test in split_in_folds(groups, n_folds):
         scores[test] = score(train, test)
     return scores
 

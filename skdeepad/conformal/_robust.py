@@ -1,0 +1,180 @@
+"""Training samples of which some are not normal: repeated trimming."""
+
+from __future__ import annotations
+
+from numbers import Real
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import norm
+from sklearn.base import _fit_context, clone
+from sklearn.utils import check_random_state
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import _num_samples
+
+from ..base import draw_seed, keep_state_on_error, seeded_clone
+from ..detectors._refits import RefitSamples
+from ..scorers._base import HeldOutScores
+from ._base import RefittedDetector
+
+N_ROUNDS = 3
+MOST = 0.25  # share that is trimmed until the share of anomalies is known
+BULK = 0.1, 0.7  # quantiles of distances between which normal samples are alone
+STANDS_OUT = 2.5  # standard deviations beyond the bulk
+
+
+class RobustDetector(RefittedDetector):
+    """A detector or pipeline for training samples of which some are not normal.
+
+    Anomalies among the training samples harm the ranking of new samples little, and the
+    threshold much: it moves beyond them. Here, in three rounds, all samples are scored
+    by fits without their fold, and those that look least normal are left out of the
+    next round's fits [1]_. The last fit sees the others only.
+
+    Parameters
+    ----------
+    training_contamination : float or "auto", default="auto"
+        Share of the training samples that are not normal, in [0, 0.5). "auto": as many
+        as stand out from the others. Anomalies that do not stand out are not
+        counted, so state the share if you know it. Not to be confused with
+        `contamination`, the share of false alarms among new normal samples.
+
+    Attributes
+    ----------
+    training_contamination_ : float
+        The share of training samples that was left out.
+    inlier_mask_ : ndarray of bool, shape (n_samples,)
+        The training samples that the last fit saw. False also for samples labelled -1
+        and for files that cannot be read.
+    suspects_ : ndarray of int, shape (n_scored,)
+        Positions of the training samples, the most suspicious first: look at
+        the first twenty, and remove those that are no good.
+    offset_ : float
+        The threshold on ``score_samples``: the `contamination` quantile of
+        `held_out_scores_`.
+    held_out_scores_ : ndarray of float64, shape (n_held_out,)
+        Scores of training samples by fits without their fold, sorted, without the
+        lowest, which are taken for anomalies.
+
+    See Also
+    --------
+    ConformalDetector : For training samples that are all normal.
+
+    Notes
+    -----
+    If all samples that were left out were taken for anomalies, the threshold would be
+    too high, as normal ones are among them. So the logarithms of anomaly scores (the
+    scores themselves, if any is positive) are compared with a normal distribution
+    through their bulk, from the 10 % to the 70 % quantile. The share of those beyond
+    2.5 of its standard deviations, less what chance puts there, is the share that
+    stands out. The threshold takes it for the share of anomalies, or the mean of it and
+    of half the share that was left out if that is more, but no more than were left out.
+
+    References
+    ----------
+    .. [1] J. Yoon et al., "Self-supervise, Refine, Repeat: Improving Unsupervised
+       Anomaly Detection", TMLR 2022.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skdeepad import KNNScorer, RobustDetector
+    >>> rng = np.random.default_rng(0)
+    >>> X, new = rng.normal(size=(2, 200, 5))
+    >>> X[:20] += 5
+    >>> print(f"{(KNNScorer().fit(X).predict(new) == -1).mean():.3f}")
+    0.025
+    >>> detector = RobustDetector(KNNScorer(), training_contamination=0.1).fit(X)
+    >>> print(f"{(detector.predict(new) == -1).mean():.3f}")
+    0.040
+    >>> bool(set(detector.suspects_[:20]) == set(range(20)))
+    True
+    """
+
+    training_contamination: float | str = "auto"
+
+    _parameter_constraints: ClassVar = {
+        "training_contamination": [
+            StrOptions({"auto"}),
+            Interval(Real, 0, 0.5, closed="left"),
+        ],
+    }
+
+    @keep_state_on_error
+    @_fit_context(prefer_skip_nested_validation=False)
+    def fit(
+        self, X: Any, y: ArrayLike | None = None, groups: ArrayLike | None = None
+    ) -> Self:
+        """Fit the estimator to those of the samples that look normal.
+
+        Parameters
+        ----------
+        X : array-like or sequence of paths
+            Samples, in any form that the estimator takes: numbers, images or paths.
+        y : array-like of shape (n_samples,), default=None
+            +1 for samples that are thought to be normal, -1 for known anomalies, which
+            only an estimator that learns from them sees.
+        groups : array-like of shape (n_samples,), default=None
+            What each sample belongs to, such as a part or a video: groups are not
+            parted by folds. None: samples are unrelated, but exact copies, which are
+            in one fold.
+
+        Returns
+        -------
+        self : object
+            The fitted detector.
+
+        Raises
+        ------
+        ValueError
+            If X, y or groups is not what is described here, or the samples cannot be
+            parted in two folds.
+        """
+        samples = RefitSamples.check(X, y, groups)
+        rng = check_random_state(self.random_state)
+        detector = seeded_clone(self.estimator, rng)
+        seed, share = draw_seed(rng), self.training_contamination
+        if isinstance(share, str):
+            scores, _ = self._trim(samples, detector, MOST, seed)
+            share = min(share_standing_out(scores[~np.isnan(scores)]), MOST)
+        scores, used = self._trim(samples, detector, share, seed)
+        self._keep(samples.fit(clone(detector), np.flatnonzero(used)))
+        scored = np.flatnonzero(~np.isnan(scores))
+        ordered = np.sort(scores[scored])
+        visible = share_standing_out(ordered)
+        anomalous = min(max(visible, (visible + share / 2) / 2), share)
+        self._set_offset(ordered[round(anomalous * len(ordered)) :])
+        self._held_out = HeldOutScores(samples.digests[scored], scores[scored])
+        self.training_contamination_ = float(share)
+        self.inlier_mask_ = np.zeros(_num_samples(X), dtype=bool)
+        self.inlier_mask_[samples.normal[used]] = True
+        self.suspects_ = samples.normal[scored[np.argsort(scores[scored])]]
+        return self
+
+    def _trim(
+        self, samples: RefitSamples, detector: Any, share: float, seed: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Score samples by fits to others that look normal, and tell which do."""
+        used = np.ones(len(samples.normal), dtype=bool)
+        for i in range(N_ROUNDS if share else 1):
+            scores = samples.refitted_scores(
+                detector, self.cv, used, (seed + i) % 2**31
+            )
+            order = np.argsort(scores)  # NaN last
+            n_scored = int((~np.isnan(scores)).sum())
+            used = np.zeros(len(scores), dtype=bool)
+            used[order[round(share * n_scored) : n_scored]] = True
+        return scores, used
+
+
+def share_standing_out(scores: NDArray[np.float64]) -> float:
+    """Give the share of samples that are no part of the bulk's distribution."""
+    distances = np.sort(np.log(-scores) if scores.max() < 0 else -scores)
+    levels = (np.arange(len(distances)) + 0.5) / len(distances)
+    bulk = (levels > BULK[0]) & (levels < BULK[1])
+    if bulk.sum() < 2:
+        return 0.0
+    spread, middle = np.polyfit(norm.ppf(levels[bulk]), distances[bulk], 1)
+    beyond = (distances > middle + STANDS_OUT * spread).mean()
+    return max(0.0, float(beyond - norm.sf(STANDS_OUT)))
