@@ -137,7 +137,7 @@ def test_containers_and_types_of_scores(metric, convert):
     ("y_true", "row", "label"),
     [
         ([0, 1, 1], 0, "0"),
-        ([True, False, True], 1, "False"),
+        ([True, False, True], 0, "True"),
         ([1, -1, 2], 2, "2"),
         ([1.0, np.nan, -1.0], 1, "nan"),
         (["1", "-1", "1"], 0, "'1'"),
@@ -145,7 +145,9 @@ def test_containers_and_types_of_scores(metric, convert):
     ],
 )
 def test_other_labels_are_refused(metric, y_true, row, label):
-    with pytest.raises(ValueError, match=rf"y\[{row}\] is {label}\. If 1 marks") as e:
+    with pytest.raises(
+        ValueError, match=rf"y_true\[{row}\] is {label}\. If 1 marks"
+    ) as e:
         metric(y_true, [0.1, 0.2, 0.3])
     assert "np.where(y == 1, -1, 1)" in str(e.value)
 

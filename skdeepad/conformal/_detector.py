@@ -154,7 +154,7 @@ class ConformalDetector(RefittedDetector):
             If there are too few samples, in all or of a category, for `contamination`.
         """
         samples = RefitSamples.check(X, y, groups)
-        kinds, numbers = _check_categories(categories, _num_samples(X))
+        kinds, numbers = _check_categories(categories, _num_samples(samples.X))
         detector = seeded_clone(self.estimator, check_random_state(self.random_state))
         n = len(samples.normal)
         scores, fold_of = np.full(n, np.nan), np.zeros(n, dtype=np.intp)

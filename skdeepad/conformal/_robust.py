@@ -147,7 +147,7 @@ class RobustDetector(RefittedDetector):
         self._set_offset(ordered[round(anomalous * len(ordered)) :])
         self._held_out = HeldOutScores(samples.digests[scored], scores[scored])
         self.training_contamination_ = float(share)
-        self.inlier_mask_ = np.zeros(_num_samples(X), dtype=bool)
+        self.inlier_mask_ = np.zeros(_num_samples(samples.X), dtype=bool)
         self.inlier_mask_[samples.normal[used]] = True
         self.suspects_ = samples.normal[scored[np.argsort(scores[scored])]]
         return self
