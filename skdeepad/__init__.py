@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         MahalanobisFeatureScorer,
         OpenSetClassifier,
         PANDAEstimator,
+        PatchDetector,
     )
     from .features import BackboneFeatures
     from .model_selection import OneClassKFold, PseudoAnomalyScorer
@@ -53,6 +54,7 @@ _HOMES = {
     "OneClassKFold": "model_selection",
     "OpenSetClassifier": "detectors",
     "PANDAEstimator": "detectors",
+    "PatchDetector": "detectors",
     "PseudoAnomalyScorer": "model_selection",
     "load": "persistence",
     "save": "persistence",
@@ -90,6 +92,7 @@ __all__ = [
     "OneClassKFold",
     "OpenSetClassifier",
     "PANDAEstimator",
+    "PatchDetector",
     "PseudoAnomalyScorer",
     "load",
     "save",

@@ -9,6 +9,7 @@ from ._kd_cloner import KDClonerEstimator
 from ._mahalanobis import MahalanobisFeatureScorer
 from ._open_set import OpenSetClassifier
 from ._panda import PANDAEstimator
+from ._patch import PatchDetector
 
 __all__ = [
     "CrossFittedDetector",
@@ -20,4 +21,5 @@ __all__ = [
     "MahalanobisFeatureScorer",
     "OpenSetClassifier",
     "PANDAEstimator",
+    "PatchDetector",
 ]
