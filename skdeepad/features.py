@@ -238,12 +238,19 @@ class BackboneEstimator(ParametersMixin, CallbackSupportMixin, BaseEstimator):
             return inputs
         if np.shape(X) == expected:
             raise ValueError(f"X has the shape of one image, {expected}; pass X[None].")
-        # other images are brought to a size that was settled, as files are
-        if self.image_size is None and self.backbone_.input_size is None:
+        # other images are brought to what was settled, as files are
+        size = self.image_size or self.backbone_.input_size
+        channels = self.backbone_.in_channels
+        if size is None or (channels is None and inputs.shape[:1] != expected[:1]):
             raise ValueError(
                 f"X has images of shape {inputs.shape}, but {type(self).__name__} is "
-                f"expecting images of shape {expected} as input. Set image_size, and "
-                "images of any size are resized."
+                f"expecting images of shape {expected} as input. "
+                + (
+                    "Set image_size, and images of any size are resized."
+                    if size is None
+                    else "Convert the images: the backbone does not say how many "
+                    "channels it takes."
+                )
             )
         return inputs
 

@@ -71,6 +71,7 @@ CHOICES = {
     "MahalanobisFeatureScorer": {"stages": ["stage1", "stage2"]},
     "OpenSetClassifier": {"head": ["linear", "cosine"]},
     "PANDAEstimator": {"normalize": [True, False]},
+    "PatchDetector": {"metric": ["cosine", "euclidean"]},
     "RobustDetector": {"estimator__stages": ["stage1", "stage2"]},
 }
 BUDGETS = {"max_steps": 2, "pretrain_steps": 1, "batch_size": 8, "random_state": 0}

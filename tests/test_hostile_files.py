@@ -104,7 +104,6 @@ UNTRUSTED = [
     "sklearn.tree._classes:DecisionTreeClassifier",
     "sklearn.ensemble._iforest:IsolationForest",
     "sklearn.neighbors._kde:KernelDensity",
-    "sklearn.frozen._frozen:FrozenEstimator",
     "functools:partial",
     "builtins:type",
 ]

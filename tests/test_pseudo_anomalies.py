@@ -291,14 +291,14 @@ def test_scorer_is_the_mean_auroc_of_the_kinds(textures, made):
     assert repr(scorer).startswith("PseudoAnomalyScorer(kinds=['cut_paste', 'noise']")
 
 
-def test_decision_function_goes_first(textures):
+def test_score_samples_goes_first(textures):
     class Both(Mean):
         def decision_function(self, X):
             return -self.score_samples(X)
 
     scorer, X = PseudoAnomalyScorer(), textures.X_train
-    assert scorer(Both(), X) == scorer(Mean(-1), X) != scorer(Mean(), X)
-    with pytest.raises(AttributeError, match="score_samples"):
+    assert scorer(Both(), X) == scorer(Mean(), X) != scorer(Mean(-1), X)
+    with pytest.raises(AttributeError, match="decision_function"):
         scorer(BaseEstimator(), X)
 
 

@@ -172,9 +172,10 @@ class Schema:
 
 @lru_cache(maxsize=2**14)
 def is_free(kind: type, name: str) -> bool:
-    """Tell whether a name hides nothing, and is none that Python looks for."""
+    """Tell whether a name hides nothing but data, and is none that Python looks for."""
     special = not name.isidentifier() or name.startswith("__")
-    return not special and not hasattr(kind, name)
+    hides = hasattr(kind, name) and not isinstance(getattr(kind, name), np.ndarray)
+    return not special and not hides
 
 
 @lru_cache(maxsize=2**14)
