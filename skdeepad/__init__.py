@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         MahalanobisFeatureScorer,
         OpenSetClassifier,
         PANDAEstimator,
+        PatchDetector,
     )
     from .features import BackboneFeatures
     from .model_selection import OneClassKFold, PseudoAnomalyScorer, compare_detectors
@@ -53,6 +54,7 @@ _HOMES = {
     "OneClassKFold": "model_selection",
     "OpenSetClassifier": "detectors",
     "PANDAEstimator": "detectors",
+    "PatchDetector": "detectors",
     "PseudoAnomalyScorer": "model_selection",
     "RobustDetector": "conformal",
     "compare_detectors": "model_selection",
@@ -93,6 +95,7 @@ __all__ = [
     "OneClassKFold",
     "OpenSetClassifier",
     "PANDAEstimator",
+    "PatchDetector",
     "PseudoAnomalyScorer",
     "RobustDetector",
     "compare_detectors",

@@ -47,6 +47,7 @@ from skdeepad import (
     MahalanobisFeatureScorer,
     OpenSetClassifier,
     PANDAEstimator,
+    PatchDetector,
     RobustDetector,
 )
 from skdeepad.conformal import DriftMonitor
@@ -85,6 +86,9 @@ SETTINGS = [
     ),
     PANDAEstimator(adaptation="ses", max_steps=20, n_checkpoints=3, scorer="centroid"),
     PANDAEstimator(Network, max_steps=5, normalize=False, scorer=IsolationForest()),
+    PatchDetector(scorer="gaussian", positions="shared", random_state=0),
+    PatchDetector(Network, scorer=IsolationForest(n_estimators=5, random_state=0)),
+    PatchDetector(metric="cosine", aggregation="reweighted", n_patches=50),
     KDClonerEstimator(cloner="equal", max_steps=10, loss="value"),
     KDClonerEstimator(discrepancy="mahalanobis", max_steps=10, random_state=0),
     KDClonerEstimator(Network, max_steps=10, standardize=False, direction_weight=2),

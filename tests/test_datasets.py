@@ -543,3 +543,21 @@ def test_cifar_wrong_parameters():
         load_cifar(100)
     with pytest.raises(ValueError, match="split"):
         load_cifar(10, "valid")
+
+
+def test_defects_in_a_photograph_of_ones_own():
+    photo = np.random.RandomState(0).randint(0, 256, (90, 140)).astype(np.uint8)
+    made = make_texture_defects(
+        photo, n_train=5, n_test_good=2, n_test_defective=3, split="halves",
+        random_state=0,
+    )  # fmt: skip
+    assert made.X_train.shape == made.X_test[:5].shape == (5, 64, 64)
+    windows = np.lib.stride_tricks.sliding_window_view(photo[:, :70], (64, 64))
+    patch = made.X_train[0]
+    turned = [patch, patch[::-1], patch[:, ::-1], patch[::-1, ::-1]]
+    assert any((windows == p).all(axis=(2, 3)).any() for p in turned)
+    assert "scikit-image" not in made.DESCR
+    with pytest.raises(ValueError, match="pass a grey photograph"):
+        make_texture_defects(photo[..., None])
+    with pytest.raises(ValueError, match="too few for"):
+        make_texture_defects(photo[:66, :70], n_train=30)

@@ -47,6 +47,7 @@ from skdeepad import (
     KNNScorer,
     MahalanobisFeatureScorer,
     PANDAEstimator,
+    PatchDetector,
     inference,
 )
 from skdeepad.backbones import load_backbone
@@ -89,6 +90,10 @@ def panda(**options):
     return PANDAEstimator(**options)
 
 
+def patch(**options):
+    return PatchDetector(**quick(options))
+
+
 def kd_cloner(**options):
     return KDClonerEstimator(**quick(options), max_steps=2)
 
@@ -125,6 +130,7 @@ MAKERS = {
     "features": features,
     "mahalanobis": mahalanobis,
     "panda": panda,
+    "patch": patch,
     "kd_cloner": kd_cloner,
     "hsc": hsc,
     "deep_svdd": deep_svdd,

@@ -22,7 +22,13 @@ def _patches(
     photo: NDArray[np.uint8], n: int, size: int, rng: np.random.RandomState
 ) -> NDArray[np.uint8]:
     """Cut `n` square patches at different places, mirrored at random."""
-    places = np.subtract(photo.shape, size - 1)
+    places = np.maximum(np.subtract(photo.shape, size - 1), 0)
+    if places.prod() < n:
+        raise ValueError(
+            f"texture, or its half, has {photo.shape[0]} x {photo.shape[1]} pixels: "
+            f"too few for {n} different patches of {size} x {size}. Pass a larger "
+            "photograph, or lower image_size."
+        )
     corners = np.unravel_index(rng.choice(places.prod(), size=n, replace=False), places)
     mirrored = rng.choice([-1, 1], size=(n, 2))
     patches = np.empty((n, size, size), dtype=photo.dtype)
@@ -144,9 +150,29 @@ def _damaged_patch(
             return damaged.astype(np.uint8), mask
 
 
+def _photograph(texture: str | NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Load a photograph of scikit-image, or check one that was given."""
+    if not isinstance(texture, str):
+        if texture.ndim != 2 or texture.dtype != np.uint8:
+            raise ValueError(
+                f"texture has shape {texture.shape} and dtype {texture.dtype}; pass a "
+                "grey photograph of shape (height, width) and dtype uint8."
+            )
+        return texture
+    try:
+        import skimage.data
+    except ImportError as error:
+        raise ImportError(
+            "make_texture_defects takes its photographs from scikit-image; install "
+            "it with: pip install skdeepad[textures]"
+        ) from error
+    photo: NDArray[np.uint8] = getattr(skimage.data, texture)()
+    return photo
+
+
 @validate_params(
     {
-        "texture": [StrOptions({"brick", "grass", "gravel"})],
+        "texture": [StrOptions({"brick", "grass", "gravel"}), np.ndarray],
         "n_train": [Interval(Integral, 0, None, closed="left")],
         "n_test_good": [Interval(Integral, 0, None, closed="left")],
         "n_test_defective": [Interval(Integral, 0, None, closed="left")],
@@ -158,7 +184,7 @@ def _damaged_patch(
     prefer_skip_nested_validation=True,
 )
 def make_texture_defects(
-    texture: str = "brick",
+    texture: str | NDArray[np.uint8] = "brick",
     *,
     n_train: int = 200,
     n_test_good: int = 100,
@@ -175,8 +201,9 @@ def make_texture_defects(
 
     Parameters
     ----------
-    texture : {"brick", "grass", "gravel"}, default="brick"
-        The photograph, 512 x 512 pixels with grey levels 0 to 255.
+    texture : {"brick", "grass", "gravel"} or ndarray, default="brick"
+        A photograph of scikit-image, 512 x 512 pixels, or one of your own, uint8 of
+        shape (height, width), in grey levels 0 to 255.
     n_train : int, default=200
         Number of training patches, all good.
     n_test_good : int, default=100
@@ -226,8 +253,8 @@ def make_texture_defects(
     Raises
     ------
     ValueError
-        If a parameter is out of its range or `kinds` is empty or has an unknown
-        kind.
+        If a parameter is out of its range, `kinds` is empty or has an unknown kind,
+        or your photograph is no grey one of uint8 or too small for so many patches.
     ImportError
         If scikit-image is not installed.
 
@@ -273,16 +300,8 @@ def make_texture_defects(
             f"kinds must name at least one of {list(_PAINTERS)} and nothing else, "
             f"got {kinds!r}."
         )
-    try:
-        import skimage.data
-    except ImportError as error:
-        raise ImportError(
-            "make_texture_defects takes its photographs from scikit-image; install "
-            "it with: pip install skdeepad[textures]"
-        ) from error
-
     rng = check_random_state(random_state)
-    photo = getattr(skimage.data, texture)()
+    photo = _photograph(texture)
     n_test = n_test_good + n_test_defective
     if split == "halves":
         middle = photo.shape[1] // 2
@@ -301,6 +320,9 @@ def make_texture_defects(
     defective = kinds_test != "good"
     for i in np.flatnonzero(defective):
         X_test[i], masks_test[i] = _damaged_patch(photo, image_size, kinds_test[i], rng)
+    origin = "a photograph that was given"
+    if isinstance(texture, str):
+        origin = f"scikit-image's photograph {texture!r} (CC0 licence)"
     return Bunch(
         X_train=X_train,
         X_test=X_test,
@@ -308,9 +330,9 @@ def make_texture_defects(
         masks_test=masks_test,
         kinds_test=kinds_test,
         DESCR=(
-            f"Patches of {image_size} x {image_size} pixels from scikit-image's "
-            f"photograph {texture!r} (CC0 licence), some of the test patches with "
-            "artificial defects. Patches are cut at different places, and overlap"
+            f"Patches of {image_size} x {image_size} pixels from {origin}, some of the "
+            "test patches with artificial defects. Patches are cut at different "
+            "places, and overlap"
             f"{'' if split == 'overlapping' else ', but those of the two sets'}."
         ),
     )

@@ -8,6 +8,7 @@ from ._kd_cloner import KDClonerEstimator
 from ._mahalanobis import MahalanobisFeatureScorer
 from ._open_set import OpenSetClassifier
 from ._panda import PANDAEstimator
+from ._patch import PatchDetector
 
 __all__ = [
     "DeepSAD",
@@ -18,4 +19,5 @@ __all__ = [
     "MahalanobisFeatureScorer",
     "OpenSetClassifier",
     "PANDAEstimator",
+    "PatchDetector",
 ]

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..base import AnomalyDetector, check_groups, keep_state_on_error, known_normal
 from ..draws import each_with_own_draws
 from ..features import BackboneEstimator
-from ..inference import in_blocks
+from ..inference import Features, in_blocks
 from ..inputs import Vectors
 from ..scorers._base import HeldOutScores, copies_together, warn_of_copies
 from ..training import DivergedError, train
@@ -132,6 +132,10 @@ class BackboneDetector(AnomalyDetector, BackboneEstimator):
     def _score(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
         raise NotImplementedError
 
+    def _blocks(self, inputs: Vectors) -> Iterator[Features]:
+        """Give features of images, as many at a time as are scored together."""
+        return in_blocks(self._features(inputs))
+
     def _set_threshold(
         self,
         digests: NDArray[np.uint64],
@@ -158,7 +162,7 @@ class BackboneDetector(AnomalyDetector, BackboneEstimator):
         inputs = self._check_inputs(X)
         scores = np.full(len(inputs), np.nan)
         held_out = self._held_out
-        for index, features in in_blocks(self._features(inputs)):
+        for index, features in self._blocks(inputs):
             scores[index] = (
                 held_out.score(features, self._score)
                 if held_out

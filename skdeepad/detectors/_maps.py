@@ -150,12 +150,15 @@ class AnomalyMapMixin(AnomalyDetector, BackboneEstimator):
 
     def _maps(self, inputs: Any) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Give positions of images that can be read, and their maps."""
-        size: Any = self.image_size_
         for index, scores in self._position_scores(inputs):
-            at_size = np.stack([fit_size(found, size) for found in scores])
-            refined = refine(at_size, self.sigma, self.opening)
-            for i, found in zip(index, refined, strict=True):
+            for i, found in zip(index, self._refined(scores), strict=True):
                 yield int(i), fit_size(found, inputs.size(i))
+
+    def _refined(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Turn scores of positions into maps at the size that the network sees."""
+        size: Any = self.image_size_
+        at_size = np.stack([fit_size(found, size) for found in scores])
+        return refine(at_size, self.sigma, self.opening)
 
     def _learn_map_offset(self, held_out: Any) -> None:
         """Set the threshold on maps by the maps of images held out of training."""

@@ -1,0 +1,217 @@
+"""Densities of patches: a memory, Gaussians, or any outlier detector.
+
+Each is given the patches of training images part by part, with the fold that an image
+is in, and can be settled without one of the folds, whose images are then new to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import logsumexp
+from sklearn.base import BaseEstimator, clone
+
+from ..scorers._base import center_and_scale, centred, from_squared, to_metric
+from ..scorers._coreset import Coreset
+
+Patches = NDArray[np.float32]  # of shape (n_images, n_positions, n_features)
+N_FOLDS = 5
+N_REWEIGHTED = 9  # neighbours of the nearest row in Eq. 7, as anomalib has it
+RIDGE = 0.01  # on the diagonal of covariances: section III-B of PaDiM
+
+
+class PatchDensity:
+    """Base of the densities."""
+
+    _saved: ClassVar[dict[str, Any]] = {}
+
+    def absorb(self, patches: Patches, folds: NDArray[np.intp]) -> None:
+        """Learn from some images' patches."""
+        raise NotImplementedError
+
+    def settle(self, without: int | None = None) -> None:
+        """Make ready for scoring, without the images of a fold."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Make ready for scoring new images, after the last part."""
+        self.settle()
+
+    def score(self, patches: Patches) -> NDArray[np.float64]:
+        """Score patches: 0 at least, higher = more anomalous."""
+        raise NotImplementedError
+
+
+class PatchMemory(PatchDensity):
+    """Distance to the nearest patch of a memory (PatchCore).
+
+    The memory is made of a coreset for each fold of images, so that leaving one out is
+    exact.
+    """
+
+    _saved: ClassVar = {"coresets": Coreset}
+
+    def __init__(self, n_patches: int, metric: str) -> None:
+        self.metric = metric
+        self.coresets = [Coreset(n_patches // N_FOLDS) for _ in range(N_FOLDS)]
+
+    def absorb(self, patches: Patches, folds: NDArray[np.intp]) -> None:
+        """Learn from some images' patches."""
+        rows = to_metric(patches.reshape(-1, patches.shape[2]), self.metric)
+        fold_of_row = np.repeat(folds, patches.shape[1])
+        for fold in np.unique(folds):
+            self.coresets[fold].add(rows[fold_of_row == fold])
+
+    def join(self, others: Iterable[PatchMemory]) -> None:
+        """Learn what others have learnt."""
+        for other in others:
+            for own, theirs in zip(self.coresets, other.coresets, strict=True):
+                for rows in theirs.parts:
+                    own.add(rows)
+        self.settle()
+
+    def settle(self, without: int | None = None) -> None:
+        """Make ready for scoring, without the images of a fold."""
+        self.used = [k for k in range(N_FOLDS) if k != without]
+        self.origin, self.scale = center_and_scale(self.rows())
+
+    def rows(self) -> Patches:
+        """Give the patches in the memory."""
+        coresets = [self.coresets[k] for k in self.used]
+        return np.concatenate([c.reduce() for c in coresets if len(c)])
+
+    def score(self, patches: Patches) -> NDArray[np.float64]:
+        """Score patches: 0 at least, higher = more anomalous."""
+        return self._nearest(patches)[0]
+
+    def reweighted(self, patches: Patches) -> NDArray[np.float64]:
+        """Score images by their most anomalous patch (Eq. 7 of PatchCore).
+
+        The farther its nearest patch in the memory is from others there, the rarer it
+        is, and the more its distance counts::
+
+            (1 - exp(d(q, m)) / sum_b exp(d(q, m_b))) d(q, m)
+        """
+        from ..scorers._neighbors import nearest
+
+        apart, found = self._nearest(patches)
+        worst = apart.argmax(axis=1)[:, None]
+        apart = np.take_along_axis(apart, worst, axis=1)[:, 0]
+        winner = np.take_along_axis(found, worst, axis=1)[:, 0]
+        rows = self._centred(self.rows())
+        around, _ = nearest(rows[winner], rows, N_REWEIGHTED)
+        query = np.take_along_axis(patches, worst[:, :, None], axis=1)[:, 0]
+        query = self._centred(to_metric(query, self.metric)).astype(np.float64)
+        squared = np.square(query[:, None] - rows[around]).sum(axis=2)
+        others = from_squared(squared * self.scale**2, self.metric)
+        return -np.expm1(apart - logsumexp(others, axis=1)) * apart
+
+    def _centred(self, rows: Patches) -> Patches:
+        return centred(rows, self.origin, self.scale)
+
+    def _nearest(
+        self, patches: Patches
+    ) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+        from ..scorers._neighbors import nearest
+
+        queries = to_metric(patches.reshape(-1, patches.shape[2]), self.metric)
+        rows = self._centred(self.rows())
+        found, squared = nearest(self._centred(queries), rows, 1)
+        apart = from_squared(squared * self.scale**2, self.metric)
+        return apart.reshape(patches.shape[:2]), found.reshape(patches.shape[:2])
+
+
+class PatchGaussian(PatchDensity):
+    """Mahalanobis distance (PaDiM): one Gaussian a position, or one for all."""
+
+    def __init__(self, shared: bool) -> None:
+        self.shared = shared
+        self.moments: dict[int, list[Any]] = {}  # of each fold: count, sums, products
+
+    def absorb(self, patches: Patches, folds: NDArray[np.intp]) -> None:
+        """Learn from some images' patches."""
+        if not self.moments:  # sums about it lose little in float32
+            self.origin = patches.mean(axis=(0, 1) if self.shared else 0, keepdims=True)
+        apart = patches - self.origin
+        for fold in np.unique(folds):
+            x = self._by_gaussian(apart[folds == fold])
+            new = x.shape[1], x.sum(axis=1), x.transpose(0, 2, 1) @ x
+            old = self.moments.get(fold, [0, 0, 0])
+            self.moments[int(fold)] = [a + b for a, b in zip(old, new, strict=True)]
+
+    def settle(self, without: int | None = None) -> None:
+        """Make ready for scoring, without the images of a fold."""
+        used = [m for fold, m in self.moments.items() if fold != without]
+        n, sums, products = (sum(parts) for parts in zip(*used, strict=True))
+        self.mean = sums / n
+        covariance = products - n * self.mean[:, :, None] * self.mean[:, None, :]
+        covariance /= max(n - 1, 1)
+        d = covariance.shape[1]
+        covariance[:, range(d), range(d)] += RIDGE
+        self.whitening = np.linalg.inv(np.linalg.cholesky(covariance))
+
+    def finish(self) -> None:
+        """Make ready for scoring new images, after the last part."""
+        self.settle()
+        self.moments = {}
+
+    def score(self, patches: Patches) -> NDArray[np.float64]:
+        """Score patches: 0 at least, higher = more anomalous."""
+        apart = self._by_gaussian(patches - self.origin) - self.mean[:, None]
+        white = apart @ self.whitening.transpose(0, 2, 1)
+        length = np.linalg.norm(white.astype(np.float64), axis=2)
+        if self.shared:
+            return length.reshape(patches.shape[:2])
+        return length.T
+
+    def _by_gaussian(self, patches: Patches) -> Patches:
+        """Lay patches out as (n_gaussians, n_rows, n_features)."""
+        if self.shared:
+            return patches.reshape(1, -1, patches.shape[2])
+        return np.ascontiguousarray(patches.transpose(1, 0, 2))
+
+
+class PatchOutliers(PatchDensity):
+    """An outlier detector of scikit-learn's kind, fitted to a sample of patches.
+
+    Scores are how far it is below the best score in that sample.
+    """
+
+    _saved: ClassVar = {"detector": BaseEstimator, "fitted": BaseEstimator}
+
+    def __init__(self, detector: Any, n_patches: int, seed: int) -> None:
+        self.detector = detector
+        self.n_patches = n_patches
+        self.rng = np.random.RandomState(seed)
+        self.sample: list[NDArray[Any]] = []  # patches, their folds, random numbers
+
+    def absorb(self, patches: Patches, folds: NDArray[np.intp]) -> None:
+        """Learn from some images' patches."""
+        rows = patches.reshape(-1, patches.shape[2])
+        of_row = np.repeat(folds, patches.shape[1])
+        new: list[NDArray[Any]] = [rows, of_row, self.rng.random_sample(len(rows))]
+        if self.sample:
+            new = [np.concatenate(p) for p in zip(self.sample, new, strict=True)]
+        kept = np.sort(np.argsort(new[2])[: self.n_patches])
+        self.sample = [part[kept] for part in new]
+
+    def settle(self, without: int | None = None) -> None:
+        """Make ready for scoring, without the images of a fold."""
+        rows, folds, _ = self.sample
+        rows = rows if without is None else rows[folds != without]
+        self.fitted = clone(self.detector).fit(rows)
+        self.best = float(np.max(self.fitted.score_samples(rows)))
+
+    def finish(self) -> None:
+        """Make ready for scoring new images, after the last part."""
+        self.settle()
+        del self.sample, self.rng
+
+    def score(self, patches: Patches) -> NDArray[np.float64]:
+        """Score patches: 0 at least, higher = more anomalous."""
+        rows = patches.reshape(-1, patches.shape[2])
+        scores = self.best - np.asarray(self.fitted.score_samples(rows), np.float64)
+        return np.maximum(scores, 0).reshape(patches.shape[:2])
