@@ -757,3 +757,11 @@ def test_channels_that_hardly_vary_are_not_blown_up():
     constant = KDClonerEstimator(source, max_steps=2).fit(np.ones((30, 4)))
     assert_array_equal(constant._network.scales[0], 1)
     assert np.isfinite(constant.score_samples(X)).all()
+
+
+def test_for_defects_scores_all_of_four_early_stages():
+    detector = KDClonerEstimator.for_defects(max_steps=3, image_size=32)
+    assert (detector.max_steps, detector.discrepancy) == (3, "mahalanobis")
+    detector.fit(RNG.random((20, 16, 16)))
+    assert detector.score_stages_ == ("stage2", "stage3", "stage4", "stage5")
+    assert np.isfinite(detector.map_offset_)

@@ -42,6 +42,8 @@ def make(**options):
         "sigma": 0,
         "opening": False,
         "precision": "float32",
+        "metric": "euclidean",
+        "scale_positions": False,
         "batch_size": 4,
     }
     return PatchDetector(net(), **{**defaults, **options})
@@ -98,12 +100,41 @@ def test_reweighted_scores_are_equation_7():
         assert_allclose(-score, weight * apart[q, m], rtol=1e-4)
 
 
-def test_cosine_distance():
+def test_cosine_distance_is_averaged_over_stages():
     detector = make(n_patches=10_000, metric="cosine", aggregation="max").fit(X)
-    a, b = described(NEW), described(X).reshape(-1, 10)
-    a, b = (v / np.linalg.norm(v, axis=-1, keepdims=True) for v in (a, b))
-    expected = (1 - a @ b.T).min(axis=2).max(axis=1)
+
+    def cosines(stage):
+        a, b = described(NEW)[..., stage], described(X).reshape(-1, 10)[:, stage]
+        a, b = (v / np.linalg.norm(v, axis=-1, keepdims=True) for v in (a, b))
+        return a @ b.T
+
+    apart = 1 - (cosines(slice(0, 4)) + cosines(slice(4, 10))) / 2
+    expected = apart.min(axis=2).max(axis=1)
     assert_allclose(detector.score_samples(NEW), -expected, rtol=1e-4)
+
+
+def test_positions_are_scaled_by_their_held_out_scores():
+    plain = make(n_patches=10_000).fit(X)
+    scaled = make(n_patches=10_000, scale_positions=True).fit(X)
+    inputs = plain._check_inputs(X)
+    folds = np.empty(24, int)  # by the patches in each fold's part of the memory
+    rows = described(X)
+    memory = scaled._density
+    for k, coreset in enumerate(memory.coresets):
+        for i in range(24):
+            if np.abs(coreset.parts[0] - rows[i, 0]).sum(axis=1).min() < 1e-4:
+                folds[i] = k
+    held_out = np.empty((24, 64))
+    for i in range(24):
+        others = rows[folds != folds[i]].reshape(-1, 10)
+        held_out[i] = distances(rows[i : i + 1], others).min(axis=2)
+    assert_allclose(scaled._typical, held_out.mean(axis=0), rtol=1e-4)
+    top = np.sort(held_out / held_out.mean(axis=0), axis=1)[:, -1:].mean(axis=1)
+    assert_allclose(scaled.score_samples(X), -top, rtol=1e-4)  # share 0.02 of 64
+    (_, found), *_ = plain._position_scores(inputs)
+    (_, divided), *_ = scaled._position_scores(inputs)
+    scale = held_out.mean(axis=0).reshape(8, 8)
+    assert_allclose(divided, found / scale, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("positions", ["each", "shared"])

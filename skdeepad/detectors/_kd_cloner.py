@@ -259,6 +259,32 @@ default="discrepancy"
         }
         return cls(**{**paper, **changes})
 
+    @classmethod
+    def for_defects(cls, **changes: Any) -> Any:
+        """Make the estimator for small defects in textures.
+
+        Residuals of four early stages, all of them scored, and 200 mini-batches.
+
+        Parameters
+        ----------
+        **changes
+            Parameters that are to be otherwise.
+
+        Returns
+        -------
+        KDClonerEstimator
+            Not fitted.
+        """
+        stages = ("stage2", "stage3", "stage4", "stage5")
+        defaults: dict[str, Any] = {
+            "discrepancy": "mahalanobis",
+            "stages": stages,
+            "score_stages": stages,
+            "image_size": 128,
+            "max_steps": 200,
+        }
+        return cls(**{**defaults, **changes})
+
     def _default_stages(self, backbone: Backbone) -> Iterable[str]:
         return backbone.block_names[-N_CRITICAL_LAYERS:]
 

@@ -109,8 +109,9 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
     n_patches : int, default=4000
         The most patches that are kept. For "memory" they are chosen by a greedy
         k-centre algorithm, in five folds of images.
-    metric : {"euclidean", "cosine"}, default="euclidean"
-        Distance of patches, for "memory".
+    metric : {"cosine", "euclidean"}, default="cosine"
+        Distance of patches, for "memory". "cosine": 1 minus the cosine, averaged over
+        the stages.
     positions : {"each", "shared"}, default="each"
         Whether there is one Gaussian at each position, for aligned objects, or one for
         all positions, for textures.
@@ -119,6 +120,10 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
         `share`. "max": the largest. "reweighted": Eq. 7 of [1]_, for "memory".
     share : float, default=0.02
         Share of positions that "top" averages over, in (0, 1]; one position at least.
+    scale_positions : bool, default=True
+        Whether a patch's score is divided by the mean of the held-out scores at its
+        position: margins, where networks pad images, and what always varies count no
+        more than the rest. Not for "reweighted" scores of images.
     mask : array-like of shape (height, width), or path, default=None
         Where to look: positions of which less than half is nonzero take no part in
         `fit` and scores, and maps are 0 where the mask is. It is resized to the images.
@@ -174,10 +179,11 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
     n_features: int | None = None
     scorer: Any = "memory"
     n_patches: int = 4000
-    metric: str = "euclidean"
+    metric: str = "cosine"
     positions: str = "each"
     aggregation: str = "top"
     share: float = 0.02
+    scale_positions: bool = True
     mask: Any = None
     max_cache_bytes: int = 2**30
 
@@ -200,6 +206,7 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
         "positions": [StrOptions({"each", "shared"})],
         "aggregation": [StrOptions({"top", "max", "reweighted"})],
         "share": [Interval(Real, 0, 1, closed="right")],
+        "scale_positions": ["boolean"],
         "mask": ["array-like", str, os.PathLike, None],
         "max_cache_bytes": [Interval(Integral, 0, None, closed="left")],
     }
@@ -235,7 +242,8 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
         """
         if method not in PAPERS:
             raise ValueError(f"method={method!r} is none of {', '.join(PAPERS)}.")
-        return cls(**{**PAPERS[method], "sigma": 4.0, "opening": False, **changes})
+        common = {"scale_positions": False, "sigma": 4.0, "opening": False}
+        return cls(**{"metric": "euclidean", **common, **PAPERS[method], **changes})
 
     def _default_stages(self, backbone: Backbone) -> Iterable[str]:
         names = backbone.block_names
@@ -263,7 +271,8 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
 
     def _patches(self, arrays: Arrays) -> Patches:
         pooling = 1 if self.backbone_.to_map else self.pooling
-        maps = patch_maps(arrays, pooling)
+        unit = has_memory(self) and self.metric == "cosine"
+        maps = patch_maps(arrays, pooling, unit)
         rows = maps.permute(0, 2, 3, 1).flatten(1, 2).numpy()
         return np.ascontiguousarray(rows[:, self._cells.ravel()][:, :, self._channels])
 
@@ -292,7 +301,8 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
             self._channels = np.sort(rng.permutation(width)[: self.n_features])
         self._density: PatchDensity
         if has_memory(self):
-            self._density = PatchMemory(self.n_patches, self.metric)
+            n_units = len(self.stages_) if self.metric == "cosine" else None
+            self._density = PatchMemory(self.n_patches, n_units)
         elif isinstance(self.scorer, str):
             self._density = PatchGaussian(self.positions == "shared")
         else:
@@ -346,18 +356,45 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
             folds[rows] = (rng.permutation(number.max() + 1) % N_FOLDS)[number]
         for index, patches in self._again(outputs, rows):
             self._density.absorb(patches, folds[index])
-        self.n_samples_seen_ += len(rows)
-        scores, peaks = np.full(n, np.nan), np.full(n, np.nan)
+        at_positions = np.full((n, self._cells.sum()), np.nan, np.float32)
+        scores = np.full(n, np.nan)
         for fold in np.unique(folds[rows]):
             self._density.settle(without=int(fold))
             for index, patches in self._again(outputs, rows[folds[rows] == fold]):
-                at_positions = self._density.score(patches)
-                scores[index] = -self._aggregate(at_positions, patches)
-                if not self.backbone_.vectors:
-                    maps = self._refined(self._on_raster(at_positions))
-                    peaks[index] = self._inside(maps).max(axis=(1, 2))
+                at_positions[index] = self._density.score(patches)
+                if self.aggregation == "reweighted":
+                    scores[index] = self._score(patches)
         self._density.finish()
-        return digests[rows], scores[rows], peaks[rows]
+        self._settle_scale(at_positions[rows])
+        if self.aggregation != "reweighted":
+            scores[rows] = -self._aggregate(at_positions[rows] / self._scale)
+        peaks = self._peaks_of(at_positions[rows] / self._scale)
+        return digests[rows], scores[rows], peaks
+
+    def _settle_scale(self, at_positions: NDArray[np.float32]) -> None:
+        """Learn what held-out scores are at each position, as the mean of all parts."""
+        mean: NDArray[np.float64] = at_positions.mean(axis=0, dtype=np.float64)
+        if self.n_samples_seen_:
+            share = len(at_positions) / (self.n_samples_seen_ + len(at_positions))
+            mean = share * mean + (1 - share) * self._typical
+        self.n_samples_seen_ += len(at_positions)
+        self._typical: NDArray[np.float64] = mean
+
+    @property
+    def _scale(self) -> NDArray[np.float64] | float:
+        """What scores of positions are divided by."""
+        least = 1e-3 * self._typical.mean()
+        if not self.scale_positions or least == 0:
+            return 1.0
+        return np.maximum(self._typical, least)
+
+    def _peaks_of(self, at_positions: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Give the maxima of maps."""
+        if self.backbone_.vectors:
+            return np.full(len(at_positions), np.nan)
+        blocks = np.array_split(at_positions, -(-len(at_positions) // self.batch_size))
+        maps = (self._inside(self._refined(self._on_raster(b))) for b in blocks)
+        return np.concatenate([m.max(axis=(1, 2)) for m in maps]).astype(np.float64)
 
     def _again(
         self, outputs: PassOutputs, rows: NDArray[np.intp]
@@ -455,7 +492,10 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
         density: Any = copy.deepcopy(self._density)
         density.join([other._density for other in others])
         self._density = density
-        self.n_samples_seen_ += sum(other.n_samples_seen_ for other in others)
+        seen = [d.n_samples_seen_ for d in (self, *others)]
+        typical = [d._typical for d in (self, *others)]
+        self._typical = np.average(typical, axis=0, weights=seen)
+        self.n_samples_seen_ = sum(seen)
         self._set_thresholds_again(
             *(
                 (o._held_out.digests, o._held_out.scores, o._peaks.scores)  # type: ignore[union-attr]
@@ -475,14 +515,12 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
     # ------------------------------------------------------------------ scoring
 
     def _score(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
-        return -self._aggregate(self._density.score(features), features)
-
-    def _aggregate(
-        self, scores: NDArray[np.float64], patches: Patches
-    ) -> NDArray[np.float64]:
-        """Give images' anomaly scores by those of their patches."""
         if isinstance(self._density, PatchMemory) and self.aggregation == "reweighted":
-            return self._density.reweighted(patches)
+            return -self._density.reweighted(features)
+        return -self._aggregate(self._density.score(features) / self._scale)
+
+    def _aggregate(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Give images' anomaly scores by those of their positions."""
         k = round(self.share * scores.shape[1]) if self.aggregation == "top" else 1
         k = max(k, 1)
         largest = np.sort(np.partition(scores, -k, axis=1)[:, -k:], axis=1)
@@ -492,7 +530,7 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
         self, inputs: Any
     ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
         for index, patches in self._features(inputs):
-            yield index, self._on_raster(self._density.score(patches))
+            yield index, self._on_raster(self._density.score(patches) / self._scale)
 
     def _on_raster(self, scores: NDArray[np.float64]) -> NDArray[np.float32]:
         """Put scores of positions in place; outside the mask, those of the nearest."""
@@ -516,7 +554,7 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
         return maps * at_size
 
 
-def patch_maps(arrays: Arrays, pooling: int) -> torch.Tensor:
+def patch_maps(arrays: Arrays, pooling: int, unit: bool = False) -> torch.Tensor:
     """Put maps of several stages on the raster of the first, neighbourhoods averaged.
 
     Beyond the margin they count as 0. So features there, which are odd because the
@@ -528,6 +566,8 @@ def patch_maps(arrays: Arrays, pooling: int) -> torch.Tensor:
         What a pass gives for some images, a map of each stage.
     pooling : int
         Side of the neighbourhood.
+    unit : bool, default=False
+        Whether the features of each stage are brought to unit length.
 
     Returns
     -------
@@ -540,10 +580,8 @@ def patch_maps(arrays: Arrays, pooling: int) -> torch.Tensor:
     if pooling > 1:
         maps = [F.avg_pool2d(m, pooling, 1, pooling // 2) for m in maps]
     size = maps[0].shape[2:]
-    return torch.cat(
-        [
-            m if m.shape[2:] == size else F.interpolate(m, size, mode="bilinear")
-            for m in maps
-        ],
-        dim=1,
-    )
+    maps = [
+        m if m.shape[2:] == size else F.interpolate(m, size, mode="bilinear")
+        for m in maps
+    ]
+    return torch.cat([F.normalize(m) if unit else m for m in maps], dim=1)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp
 from sklearn.base import BaseEstimator, clone
 
-from ..scorers._base import center_and_scale, centred, from_squared, to_metric
+from ..scorers._base import center_and_scale, centred
 from ..scorers._coreset import Coreset
 
 Patches = NDArray[np.float32]  # of shape (n_images, n_positions, n_features)
@@ -54,13 +54,14 @@ class PatchMemory(PatchDensity):
 
     _saved: ClassVar = {"coresets": Coreset}
 
-    def __init__(self, n_patches: int, metric: str) -> None:
-        self.metric = metric
+    def __init__(self, n_patches: int, n_units: int | None) -> None:
+        # of so many vectors of unit length the rows are made: cosines are wanted
+        self.n_units = n_units
         self.coresets = [Coreset(n_patches // N_FOLDS) for _ in range(N_FOLDS)]
 
     def absorb(self, patches: Patches, folds: NDArray[np.intp]) -> None:
         """Learn from some images' patches."""
-        rows = to_metric(patches.reshape(-1, patches.shape[2]), self.metric)
+        rows = patches.reshape(-1, patches.shape[2])
         fold_of_row = np.repeat(folds, patches.shape[1])
         for fold in np.unique(folds):
             self.coresets[fold].add(rows[fold_of_row == fold])
@@ -104,23 +105,27 @@ class PatchMemory(PatchDensity):
         rows = self._centred(self.rows())
         around, _ = nearest(rows[winner], rows, N_REWEIGHTED)
         query = np.take_along_axis(patches, worst[:, :, None], axis=1)[:, 0]
-        query = self._centred(to_metric(query, self.metric)).astype(np.float64)
+        query = self._centred(query).astype(np.float64)
         squared = np.square(query[:, None] - rows[around]).sum(axis=2)
-        others = from_squared(squared * self.scale**2, self.metric)
+        others = self._distance(squared)
         return -np.expm1(apart - logsumexp(others, axis=1)) * apart
 
     def _centred(self, rows: Patches) -> Patches:
         return centred(rows, self.origin, self.scale)
+
+    def _distance(self, squared: NDArray[np.float64]) -> NDArray[np.float64]:
+        squared = squared * self.scale**2
+        return squared / (2 * self.n_units) if self.n_units else np.sqrt(squared)
 
     def _nearest(
         self, patches: Patches
     ) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
         from ..scorers._neighbors import nearest
 
-        queries = to_metric(patches.reshape(-1, patches.shape[2]), self.metric)
+        queries = patches.reshape(-1, patches.shape[2])
         rows = self._centred(self.rows())
         found, squared = nearest(self._centred(queries), rows, 1)
-        apart = from_squared(squared * self.scale**2, self.metric)
+        apart = self._distance(squared)
         return apart.reshape(patches.shape[:2]), found.reshape(patches.shape[:2])
 
 
