@@ -25,7 +25,6 @@ from ..base import (
     keep_state_on_error,
     known_normal,
     seeded_clone,
-    threshold_below,
 )
 from ..frozen import fingerprint
 from ..inference import Arrays, Features, Outputs, PassOutputs, Tap, to_tensor
@@ -411,7 +410,8 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
         self._peaks = HeldOutScores(digests, peaks)
         self.map_offset_ = np.nan
         if not self.backbone_.vectors:
-            self.map_offset_ = -threshold_below(-peaks, self.contamination)
+            self._map_peaks = peaks
+            self._set_map_offset()
 
     def _set_thresholds_again(self, *new: tuple[NDArray[Any], ...]) -> None:
         """Set thresholds by images of all parts: those of the smallest digests."""
@@ -542,8 +542,8 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
             nearest = nearest[rows, columns]
         return scores[:, nearest].astype(np.float32)
 
-    def _maps(self, inputs: Any) -> list[NDArray[np.float32]]:
-        return [self._inside(found) for found in super()._maps(inputs)]
+    def _maps(self, inputs: Any) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        return ((i, self._inside(found)) for i, found in super()._maps(inputs))
 
     def _inside(self, maps: NDArray[np.float32]) -> NDArray[np.float32]:
         """Make maps 0 outside the mask."""
