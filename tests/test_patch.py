@@ -378,3 +378,12 @@ def test_saved_and_loaded(tmp_path, scorer):
     assert_array_equal(again.score_samples(NEW), detector.score_samples(NEW))
     assert_array_equal(again.anomaly_map(NEW), detector.anomaly_map(NEW))
     assert N_FOLDS == 5  # files hold a coreset for each
+
+
+def test_recalibrated_by_new_good_images():
+    detector = make().fit(X)
+    more = RNG.rand(40, 16, 16)
+    detector.recalibrate(more, contamination=0.2)
+    assert np.mean(detector.predict(more) < 0) == pytest.approx(0.2, abs=0.05)
+    peaks = detector.anomaly_map(more).max(axis=(1, 2))
+    assert np.mean(peaks > detector.map_offset_) == pytest.approx(0.2, abs=0.05)

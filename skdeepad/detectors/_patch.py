@@ -20,7 +20,12 @@ from sklearn.utils.validation import check_is_fitted
 from torch.nn import functional as F
 
 from ..backbones import Backbone
-from ..base import draw_seed, keep_state_on_error, known_normal, seeded_clone
+from ..base import (
+    draw_seed,
+    keep_state_on_error,
+    known_normal,
+    seeded_clone,
+)
 from ..frozen import fingerprint
 from ..inference import Arrays, Features, Outputs, PassOutputs, Tap, to_tensor
 from ..inputs import Vectors, chunks
@@ -403,8 +408,9 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
     ) -> None:
         self._set_threshold(digests, scores)
         self._peaks = HeldOutScores(digests, peaks)
-        self.map_offset_, self._map_peaks = np.nan, peaks
+        self.map_offset_ = np.nan
         if not self.backbone_.vectors:
+            self._map_peaks = peaks
             self._set_map_offset()
 
     def _set_thresholds_again(self, *new: tuple[NDArray[Any], ...]) -> None:

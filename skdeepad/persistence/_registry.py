@@ -17,6 +17,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from sklearn.base import BaseEstimator
 
 # imported, so that `find_schema` finds what they hold
