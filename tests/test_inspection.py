@@ -371,7 +371,7 @@ def test_curves_leave_out_what_has_no_score():
     (curve,) = display.ax_.lines
     assert curve.get_xydata().tolist()[-1] == [1, 1]
     assert len(display.y_score) == 3
-    with pytest.raises(ValueError, match=r"y must be \+1"):
+    with pytest.raises(ValueError, match=r"y_true must be \+1"):
         AnomalyRocCurveDisplay.from_predictions([0, 1, 0, 1], scores)
 
 

@@ -680,7 +680,7 @@ def test_maps_of_files(photos, tmp_path):
 
 def test_no_maps_of_vectors():
     detector = KDClonerEstimator(max_steps=2).fit(RNG.random((20, 4)))
-    with pytest.raises(ValueError, match="need images"):
+    with pytest.raises(ValueError, match="for images"):
         detector.anomaly_map(RNG.random((2, 4)))
 
 
