@@ -264,7 +264,7 @@ def test_unreadable_files_have_no_score(image_files, tmp_path, scale):
     ]
     ensemble = DetectorEnsemble(members, scale=scale).fit([*image_files.train, bad])
     assert len(ensemble.training_scores_) == 24
-    with pytest.warns(UserWarning, match=r"1 of 3 image files cannot be read"):
+    with pytest.warns(UserWarning, match=r"1 of 3 images cannot be read"):
         scores = ensemble.score_samples([*image_files.test[:2], bad])
     assert np.isnan(scores).tolist() == [False, False, True]
     with pytest.warns(UserWarning, match="cannot be read"):
