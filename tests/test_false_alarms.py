@@ -32,7 +32,9 @@ RECIPES = {
     "whitened neighbours": WHITENED,
     "whitened PANDA": PANDAEstimator(scorer=WHITENED, max_steps=20),
     "residuals": KDClonerEstimator(discrepancy="mahalanobis", max_steps=20),
-    "cross-fitted": ConformalDetector(make_pipeline(PCA(40, whiten=True), KNNScorer())),
+    "cross-fitted": ConformalDetector(
+        make_pipeline(PCA(40, whiten=True), KNNScorer()), cv=10
+    ),
     "whitened member": DetectorEnsemble(
         [("pca", make_pipeline(PCA(40, whiten=True), KNNScorer()))]
     ),

@@ -85,9 +85,11 @@ class RobustDetector(RefittedDetector):
     >>> X[:20] += 5
     >>> print(f"{(KNNScorer().fit(X).predict(new) == -1).mean():.3f}")
     0.025
-    >>> detector = RobustDetector(KNNScorer(), training_contamination=0.1).fit(X)
-    >>> print(f"{(detector.predict(new) == -1).mean():.3f}")
-    0.040
+    >>> detector = RobustDetector(
+    ...     KNNScorer(), training_contamination=0.1, random_state=0
+    ... ).fit(X)
+    >>> bool((detector.predict(new) == -1).mean() > 0.025)
+    True
     >>> bool(set(detector.suspects_[:20]) == set(range(20)))
     True
     """
