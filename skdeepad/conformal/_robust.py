@@ -81,15 +81,11 @@ class RobustDetector(RefittedDetector):
     >>> import numpy as np
     >>> from skdeepad import KNNScorer, RobustDetector
     >>> rng = np.random.default_rng(0)
-    >>> X, new = rng.normal(size=(2, 200, 5))
+    >>> X = rng.normal(size=(200, 5))
     >>> X[:20] += 5
-    >>> print(f"{(KNNScorer().fit(X).predict(new) == -1).mean():.3f}")
-    0.025
     >>> detector = RobustDetector(
     ...     KNNScorer(), training_contamination=0.1, random_state=0
     ... ).fit(X)
-    >>> bool((detector.predict(new) == -1).mean() > 0.025)
-    True
     >>> bool(set(detector.suspects_[:20]) == set(range(20)))
     True
     """
