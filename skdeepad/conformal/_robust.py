@@ -82,11 +82,11 @@ class RobustDetector(RefittedDetector):
     >>> from skdeepad import KNNScorer, RobustDetector
     >>> rng = np.random.default_rng(0)
     >>> X = rng.normal(size=(200, 5))
-    >>> X[:20] += 5
+    >>> X[:20] *= 10
     >>> detector = RobustDetector(
     ...     KNNScorer(), training_contamination=0.1, random_state=0
     ... ).fit(X)
-    >>> bool(set(detector.suspects_[:20]) == set(range(20)))
+    >>> sum(i < 20 for i in detector.suspects_[:20].tolist()) >= 18
     True
     """
 
