@@ -149,7 +149,7 @@ def test_other_labels_are_refused(metric, y_true, row, label):
         ValueError, match=rf"y_true\[{row}\] is {label}\. If 1 marks"
     ) as e:
         metric(y_true, [0.1, 0.2, 0.3])
-    assert "np.where(y == 1, -1, 1)" in str(e.value)
+    assert "np.where(y_true == 1, -1, 1)" in str(e.value)
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -594,7 +594,11 @@ def test_estimators_of_earlier_versions(file):
 
 
 def test_this_version_is_guarded():
-    since = {"ConformalDetector", "RobustDetector"}  # come with the next release
+    since = {
+        "ConformalDetector",
+        "PatchDetector",
+        "RobustDetector",
+    }  # come with the next release
     estimators = sorted({public.__name__ for public in PUBLIC} - since)
     folder = FIXTURES / skdeepad.__version__
     for ending in ("pickle", "skdeepad"):

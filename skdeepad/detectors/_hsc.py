@@ -368,6 +368,10 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
         gamma = self.gamma if self.objective == "focal" else 0.0
         return focal_loss(outputs[:, 0], outlier, gamma)
 
+    @property
+    def _normal_column(self) -> int:
+        return getattr(self, "_normal", 1)  # files of 0.1.0 have none
+
     def _score(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
         outputs = torch.from_numpy(features.astype(np.float64))
         if self.objective == "hsc":
@@ -385,7 +389,7 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
             ``classes_[0]``, so that ``scoring="roc_auc"`` is right for both.
         """
         scores = self.score_samples(X) - self.offset_
-        return scores if self._normal == 1 else -scores
+        return scores if self._normal_column == 1 else -scores
 
     def predict(self, X: Any) -> NDArray[Any]:
         """Tell the class of images.
@@ -398,7 +402,8 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
         """
         scores = self.score_samples(X)
         normal = scores >= self.offset_
-        return self.classes_[np.where(normal, self._normal, 1 - self._normal)]
+        column = self._normal_column
+        return self.classes_[np.where(normal, column, 1 - column)]
 
     def predict_proba(self, X: Any) -> NDArray[np.float64]:
         """Give the probabilities of both classes.
@@ -419,7 +424,7 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
         else:
             normal = expit(scores - self.offset_)
         columns = [1 - normal, normal]
-        return np.column_stack(columns if self._normal == 1 else columns[::-1])
+        return np.column_stack(columns if self._normal_column == 1 else columns[::-1])
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
