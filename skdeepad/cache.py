@@ -30,7 +30,7 @@ class RowCache:
     each fold of a cross-validation, the training and the test side alike.
     """
 
-    def whole(self, task: Any, inputs: Any) -> Any:
+    def whole(self, front: Any, inputs: Any) -> Any:
         """Give the pass that takes all that is to be kept, where some is missing."""
         raise NotImplementedError
 
@@ -100,21 +100,21 @@ class MemoryCache(RowCache):
 
     Parameters
     ----------
-    tasks : iterable of FeaturePass
+    fronts : iterable of FeaturePass
         What they want. Whoever passes a sample first does so for all.
     """
 
-    def __init__(self, tasks: Iterable[Any]) -> None:
+    def __init__(self, fronts: Iterable[Any]) -> None:
         self.rows: Rows = {}
         self.wanted: dict[Any, dict[Any, None]] = {}
-        for task in tasks:
-            taps = self.wanted.setdefault(replace(task, taps=()), {})
-            taps.update(dict.fromkeys(task.taps))
+        for front in fronts:
+            taps = self.wanted.setdefault(replace(front, taps=()), {})
+            taps.update(dict.fromkeys(front.taps))
 
-    def whole(self, task: Any, inputs: Any) -> Any:
+    def whole(self, front: Any, inputs: Any) -> Any:
         """Give the pass that takes what all of the estimators want."""
-        wanted = self.wanted.get(replace(task, taps=()), {})
-        return replace(task, taps=tuple(dict.fromkeys((*task.taps, *wanted))))
+        wanted = self.wanted.get(replace(front, taps=()), {})
+        return replace(front, taps=tuple(dict.fromkeys((*front.taps, *wanted))))
 
     def cache(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Give the function as it is; estimators know a memory by this method."""
@@ -203,9 +203,9 @@ class StageCache(RowCache):
                 self._give_up(error)
         return otherwise
 
-    def whole(self, task: Any, inputs: Any) -> Any:
+    def whole(self, front: Any, inputs: Any) -> Any:
         """Give the pass that takes all stages, as others may want other ones."""
-        return task.with_all_stages(inputs)
+        return front.with_all_stages(inputs)
 
     def _connect(self) -> sqlite3.Connection:
         table = sqlite3.connect(self.file, timeout=60)

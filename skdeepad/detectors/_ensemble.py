@@ -307,14 +307,14 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
             files that a member has skipped.
         """
         check_is_fitted(self)
-        tasks = [front._front() for front in frozen_fronts(self.estimators_)]
-        if len(MemoryCache(tasks).wanted) == len(tasks):  # nothing to share
+        fronts = [front._front() for front in frozen_fronts(self.estimators_)]
+        if len(MemoryCache(fronts).wanted) == len(fronts):  # nothing to share
             scores = self._combine(member_scores(self.estimators_, X))
         else:
             parts = []
             for block in gen_batches(_num_samples(X), BLOCK):  # memory stays bounded
                 rows = _safe_indexing(X, np.arange(block.start, block.stop))
-                cache = MemoryCache(tasks)
+                cache = MemoryCache(fronts)
                 members = [with_memory(member, cache) for member in self.estimators_]
                 parts.append(self._combine(member_scores(members, rows)))
             scores = np.concatenate(parts)

@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ._archive import LoadError
 
-METRICS = ("cosine", "euclidean", "manhattan", "sqeuclidean")  # without settings
+PLAIN_METRICS = ("cosine", "euclidean", "manhattan", "sqeuclidean")  # without settings
 
 
 def check(instance: Any) -> None:
@@ -52,7 +52,7 @@ def check_neighbors(found: NearestNeighbors) -> bool:
     return (
         is_matrix(found._fit_X, found.n_samples_fit_, found.n_features_in_)
         and (found._fit_method, found._tree) == ("brute", None)
-        and found.effective_metric_ in METRICS
+        and found.effective_metric_ in PLAIN_METRICS
         and not found.effective_metric_params_
     )
 

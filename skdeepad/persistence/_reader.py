@@ -37,7 +37,7 @@ TORCH_DTYPES = {
     str(dtype): dtype
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 }
-FLOATS = ("nan", "inf", "-inf")  # which JSON has not
+NON_FINITE = ("nan", "inf", "-inf")  # which JSON has not
 # What may be a key; of larger numbers, thousands may share one hash
 SCALARS = (str, int, float, type(None), np.bool_, np.integer, np.float16, np.float32)
 
@@ -128,7 +128,7 @@ class Reader:
     # plain data
 
     def make_float(self, value: str, _: Any) -> float:
-        if value not in FLOATS:
+        if value not in NON_FINITE:
             raise LoadError(f"{value!r} in the file is no number.")
         return float(value)
 

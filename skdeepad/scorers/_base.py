@@ -19,7 +19,7 @@ from ..checks import check_magnitude, check_rows
 
 FLOATS = (np.float64, np.float32)
 METRICS = ("sqeuclidean", "euclidean", "cosine")
-BLOCK = 1024  # rows that are worked on at a time, so that memory stays bounded
+ROWS_AT_ONCE = 1024  # rows that are worked on at a time, so that memory stays bounded
 N_INSPECTED = 256  # rows whose neighbours are inspected for near copies
 LEAP = 10  # from one neighbour to the next: a near copy's distance to others'
 # squares of float32 (clusters) and fourth powers of float64 (shrinkage) stay finite
@@ -30,7 +30,7 @@ MAX_COPIED = 0.2  # share of rows with copies from which on a warning is due
 def row_digests(X: NDArray[Any]) -> NDArray[np.uint64]:
     """Digest each row's content, as float64, to 64 bits."""
     digests = np.empty(len(X), dtype=np.uint64)
-    for block in gen_batches(len(X), BLOCK):
+    for block in gen_batches(len(X), ROWS_AT_ONCE):
         rows = np.ascontiguousarray(X[block], dtype=np.float64) + 0.0  # -0.0 is 0.0
         digests[block] = [
             int.from_bytes(blake2b(row, digest_size=8).digest(), "little")

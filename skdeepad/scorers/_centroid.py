@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from sklearn.utils import gen_batches
 from sklearn.utils._param_validation import StrOptions
 
-from ._base import BLOCK, METRICS, Scorer, count_copies, from_squared, to_metric
+from ._base import METRICS, ROWS_AT_ONCE, Scorer, count_copies, from_squared, to_metric
 
 
 class CentroidScorer(Scorer):
@@ -74,7 +74,7 @@ class CentroidScorer(Scorer):
 
     def _squared_distances(self, X: NDArray[Any]) -> NDArray[np.float64]:
         squared = np.empty(len(X))
-        for block in gen_batches(len(X), BLOCK):
+        for block in gen_batches(len(X), ROWS_AT_ONCE):
             shifted = to_metric(X[block], self.metric) - self.center_
             squared[block] = np.einsum("ij,ij->i", shifted, shifted)
         return squared

@@ -23,7 +23,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from ..base import keep_state_on_error
 from ._base import (
-    BLOCK,
+    ROWS_AT_ONCE,
     Scorer,
     count_copies,
     row_digests,
@@ -54,7 +54,7 @@ class Moments:
 
     def update(self, X: NDArray[Any]) -> Moments:
         """Add rows."""
-        for block in gen_batches(len(X), BLOCK):
+        for block in gen_batches(len(X), ROWS_AT_ONCE):
             z = X[block] - self.origin
             norms = np.einsum("ij,ij->i", z, z)
             self.n += len(z)
@@ -468,7 +468,7 @@ estimator, default="ledoit_wolf"
 
     def _score(self, X: NDArray[Any]) -> NDArray[np.float64]:
         squared = np.empty(len(X))
-        for block in gen_batches(len(X), BLOCK):
+        for block in gen_batches(len(X), ROWS_AT_ONCE):
             squared[block] = np.sum(self._whiten(X[block]) ** 2, axis=1)
         return -np.sqrt(squared)
 
@@ -486,7 +486,7 @@ estimator, default="ledoit_wolf"
         scores = np.empty(len(X))
         for m in np.unique(copies):
             out = np.flatnonzero(copies == m)
-            for block in gen_batches(len(out), BLOCK):
+            for block in gen_batches(len(out), ROWS_AT_ONCE):
                 rows = out[block]
                 scores[rows] = self._scores_without_copies(X[rows], m)
         return scores

@@ -14,7 +14,7 @@ from sklearn.utils import check_random_state, gen_batches
 from sklearn.utils._param_validation import Interval, StrOptions
 
 from ..base import draw_seed
-from ._base import BLOCK, METRICS, Scorer, from_squared, to_metric
+from ._base import METRICS, ROWS_AT_ONCE, Scorer, from_squared, to_metric
 
 
 class KMeansScorer(Scorer):
@@ -87,7 +87,7 @@ class KMeansScorer(Scorer):
     def _score(self, X: NDArray[Any]) -> NDArray[np.float64]:
         X, means = to_metric(X, self.metric), self.cluster_centers_
         squared = np.empty(len(X))
-        for block in gen_batches(len(X), BLOCK):
+        for block in gen_batches(len(X), ROWS_AT_ONCE):
             distances = cdist(X[block], means, "sqeuclidean")
             squared[block] = distances.min(axis=1)
         return -from_squared(squared, self.metric)
