@@ -143,6 +143,8 @@ class AnomalyDetector(ParametersMixin, OutlierMixin, BaseEstimator):
     offset_ : float
         The threshold on ``score_samples``: the `contamination` quantile of the scores
         of training samples as if they were new.
+    classes_ : ndarray of shape (2,)
+        -1 and +1: what `predict` gives.
     held_out_scores_ : ndarray of float64, shape (n_held_out,)
         Scores of normal training samples that did not train on themselves, sorted:
         what `p_values` compares with.
@@ -153,9 +155,6 @@ class AnomalyDetector(ParametersMixin, OutlierMixin, BaseEstimator):
     """
 
     contamination: float = 0.05
-
-    # of `predict`; cross_val_predict asks for them where it is given y
-    classes_ = np.array([-1, 1])
 
     _parameter_constraints: ClassVar = {
         "contamination": [Interval(Real, 0, 0.5, closed="right")],
@@ -191,6 +190,8 @@ class AnomalyDetector(ParametersMixin, OutlierMixin, BaseEstimator):
                 UserWarning,
                 stacklevel=3,
             )
+        if not hasattr(self, "classes_"):  # cross_val_predict asks for them
+            self.classes_ = np.array([-1, 1])
         self.offset_ = threshold_below(held_out_scores, self.contamination)
         self.held_out_scores_ = np.sort(told)
         self._threshold_scores: NDArray[np.float64] | None = held_out_scores
@@ -345,7 +346,10 @@ class AnomalyDetector(ParametersMixin, OutlierMixin, BaseEstimator):
         .. [1] S. Bates et al., "Testing for Outliers with Conformal p-values",
            The Annals of Statistics 51(1), 2023.
         """
-        scores = self.score_samples(X)
+        return self._p_values(self.score_samples(X))
+
+    def _p_values(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Give the p-values of samples with these scores."""
         if not hasattr(self, "held_out_scores_"):
             raise ValueError(
                 f"This {type(self).__name__} keeps no held-out scores: it was fitted "

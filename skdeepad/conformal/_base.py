@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import field
 from numbers import Integral
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, MetaEstimatorMixin
 from sklearn.utils._param_validation import HasMethods, Interval
 from sklearn.utils.validation import check_is_fitted
@@ -54,6 +54,36 @@ class RefittedDetector(MetaEstimatorMixin, AnomalyDetector):
         "estimator_": BaseEstimator,
         "_held_out": HeldOutScores,
     }
+
+    def fit(
+        self, X: Any, y: ArrayLike | None = None, groups: ArrayLike | None = None
+    ) -> Self:
+        """Fit the estimator, several times.
+
+        Parameters
+        ----------
+        X : array-like or sequence of paths
+            Samples, in any form that the estimator takes: numbers, images or paths.
+        y : array-like of shape (n_samples,), default=None
+            +1 for normal samples, -1 for known anomalies, which only an estimator
+            that learns from them sees.
+        groups : array-like of shape (n_samples,), default=None
+            What each sample belongs to, such as a part or a video: groups are not
+            parted by folds. None: samples are unrelated, but exact copies, which are
+            in one fold.
+
+        Returns
+        -------
+        self : object
+            The fitted detector.
+
+        Raises
+        ------
+        ValueError
+            If X, y or groups is not what is described here, or the samples cannot be
+            parted in two folds.
+        """
+        raise NotImplementedError
 
     def _keep(self, fitted: Any) -> None:
         """Take a fitted estimator for the one that scores."""

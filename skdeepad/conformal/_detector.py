@@ -123,24 +123,10 @@ class ConformalDetector(RefittedDetector):
 
         Parameters
         ----------
-        X : array-like or sequence of paths
-            Samples, in any form that the estimator takes: numbers, images or paths.
-        y : array-like of shape (n_samples,), default=None
-            +1 for normal samples, -1 for known anomalies, which only an estimator
-            that learns from them sees.
-        groups : array-like of shape (n_samples,), default=None
-            What each sample belongs to, such as a part or a video: groups are not
-            parted by folds. None: samples are unrelated, but exact copies, which are
-            in one fold.
         categories : array-like of shape (n_samples,), default=None
             The kind of each sample, such as its product, camera or line: each
             category gets a threshold and p-values of its own, from its own held-out
             scores. New samples then need a category, too.
-
-        Returns
-        -------
-        self : object
-            The fitted detector.
 
         Raises
         ------

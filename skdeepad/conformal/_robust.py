@@ -108,26 +108,9 @@ class RobustDetector(RefittedDetector):
 
         Parameters
         ----------
-        X : array-like or sequence of paths
-            Samples, in any form that the estimator takes: numbers, images or paths.
         y : array-like of shape (n_samples,), default=None
             +1 for samples that are thought to be normal, -1 for known anomalies, which
             only an estimator that learns from them sees.
-        groups : array-like of shape (n_samples,), default=None
-            What each sample belongs to, such as a part or a video: groups are not
-            parted by folds. None: samples are unrelated, but exact copies, which are
-            in one fold.
-
-        Returns
-        -------
-        self : object
-            The fitted detector.
-
-        Raises
-        ------
-        ValueError
-            If X, y or groups is not what is described here, or the samples cannot be
-            parted in two folds.
         """
         samples = RefitSamples.check(X, y, groups)
         rng = check_random_state(self.random_state)

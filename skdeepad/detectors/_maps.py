@@ -95,7 +95,7 @@ class AnomalyMapMixin(AnomalyDetector, BackboneEstimator):
             decision : float
                 Of the image, by ``decision_function``: negative.
             p_value : float
-                Of the image, where the detector has ``p_values``.
+                Of the image, by ``p_values``.
             top, left, bottom, right : int
                 The region's box in pixels, from row ``top`` to row ``bottom - 1``.
             area : int
@@ -125,10 +125,12 @@ class AnomalyMapMixin(AnomalyDetector, BackboneEstimator):
                 "are no regions to list. Use anomaly_map, or fit a detector whose "
                 "map_offset_ is a number, such as KDClonerEstimator() by default."
             )
-        of_images: dict[str, Any] = {"decision": self.decision_function(X)}
+        scores = self.score_samples(X)
+        of_images: dict[str, Any] = {
+            "decision": scores - self.offset_,
+            "p_value": self._p_values(scores),
+        }
         flagged = np.flatnonzero(of_images["decision"] < 0)
-        if hasattr(self, "p_values"):
-            of_images["p_value"] = self.p_values(X)
         if isinstance(inputs, ImagePaths):
             of_images = {"file": inputs.rows.astype(str), **of_images}
         rows = [

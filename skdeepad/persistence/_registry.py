@@ -17,7 +17,6 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from sklearn.base import BaseEstimator
 
 # imported, so that `find_schema` finds what they hold
@@ -173,10 +172,9 @@ class Schema:
 
 @lru_cache(maxsize=2**14)
 def is_free(kind: type, name: str) -> bool:
-    """Tell whether a name hides nothing but data, and is none that Python looks for."""
+    """Tell whether a name hides nothing, and is none that Python looks for."""
     special = not name.isidentifier() or name.startswith("__")
-    hides = hasattr(kind, name) and not isinstance(getattr(kind, name), np.ndarray)
-    return not special and not hides
+    return not special and not hasattr(kind, name)
 
 
 @lru_cache(maxsize=2**14)
