@@ -76,7 +76,7 @@ BESIDE = [
     ("inspection", "model_selection"),
     ("datasets", "metrics"),
     ("inputs", "labels"),
-    ("checks", "files"),
+    ("checks", "files", "parameters"),
 ]
 
 
