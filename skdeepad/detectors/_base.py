@@ -192,7 +192,7 @@ class TrainedDetector(BackboneDetector):
 
     Attributes
     ----------
-    loss_curve_ : ndarray of shape (n_iter_,)
+    loss_curve_ : ndarray of shape (n_steps,)
         The loss of each mini-batch.
     n_iter_ : int
         Number of steps taken.

@@ -76,7 +76,7 @@ class SphereDetector(ObjectiveDetector):
     ----------
     stages_ : tuple of str
         The stage whose output it is.
-    loss_curve_ : ndarray of shape (n_iter_,)
+    loss_curve_ : ndarray of shape (n_steps,)
         The objective for each mini-batch.
     n_iter_ : int
         Number of steps taken, without those of the autoencoder.

@@ -97,8 +97,8 @@ class KDClonerEstimator(AnomalyMapMixin, TrainedDetector):
         Eq. 4, or one of its terms alone (section 3.3.3).
     direction_weight : float or "auto", default="auto"
         Lambda of Eq. 4. "auto": what makes the terms equal on the untrained cloner
-        (the first mini-batch), as the paper says. (The official code fixes it, to 100
-        or, for MVTec AD, 2, as 0.01 and 0.5 on the other term.)
+        (the first mini-batch), as the paper says. The official code fixes it, to 100
+        or, for MVTec AD, 2, as 0.01 and 0.5 on the other term.
     standardize : bool, default=True
         Whether the cloner learns the source's activations as they are once each
         channel has mean 0 and variance 1 over the training images. The paper learns

@@ -173,7 +173,7 @@ default="max_logit"
         The known classes, sorted.
     estimators_ : list of OpenSetClassifier
         The members of an ensemble; none, if there is but one.
-    loss_curve_ : ndarray of shape (n_iter_,)
+    loss_curve_ : ndarray of shape (n_steps,)
         The loss of each mini-batch; of an ensemble, the members' mean.
 
     See Also

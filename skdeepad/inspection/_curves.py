@@ -10,10 +10,10 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 from sklearn.utils._optional_dependencies import check_matplotlib_support
 
 from ..metrics import anomaly_average_precision_score, anomaly_roc_auc_score
-from ._display import Display
+from ._display import DetectorDisplay
 
 
-class CurveDisplay(Display):
+class CurveDisplay(DetectorDisplay):
     """Base of the curves over all thresholds.
 
     A subclass says what `_curve` and `_point` are, from who is an anomaly and who is

@@ -11,7 +11,7 @@ from ..parameters import DocumentedMixin
 
 
 class Display(DocumentedMixin):
-    """Base of the displays.
+    """Base of the displays, which `plot` draws.
 
     Attributes
     ----------
@@ -20,6 +20,46 @@ class Display(DocumentedMixin):
     """
 
     figure_: Any
+
+    def plot(self, *args: Any, **kwargs: Any) -> Self:
+        """Draw.
+
+        Parameters
+        ----------
+        ax : matplotlib.axes.Axes, default=None
+            Where to draw, perhaps beside others. None: on a new figure.
+        axes : array of matplotlib.axes.Axes, shape (3,), default=None
+            Where to draw. None: on a new figure.
+
+        Returns
+        -------
+        display
+            The display itself.
+
+        Raises
+        ------
+        ImportError
+            If matplotlib is not installed: ``pip install "skdeepad[plot]"``.
+        """
+        raise NotImplementedError
+
+    def _place(self, given: Any, shape: tuple[int, ...] = (), **options: Any) -> Any:
+        """Give the axes to draw on: those given, or a new figure's, and its figure."""
+        check_matplotlib_support(f"{type(self).__name__}.plot")
+        import matplotlib.pyplot as plt
+
+        if given is None:
+            rows, columns = (1, 1, *shape)[-2:]
+            _, given = plt.subplots(
+                rows, columns, squeeze=False, layout="constrained", **options
+            )
+        axes = np.asarray(given, dtype=object).reshape(shape)
+        self.figure_ = axes.flat[0].figure
+        return axes
+
+
+class DetectorDisplay(Display):
+    """Base of the displays of one detector, or of what it gave."""
 
     @classmethod
     def from_estimator(cls, *args: Any, **kwargs: Any) -> Self:
@@ -67,39 +107,3 @@ class Display(DocumentedMixin):
             If matplotlib is not installed: ``pip install "skdeepad[plot]"``.
         """
         raise NotImplementedError
-
-    def plot(self, *args: Any, **kwargs: Any) -> Self:
-        """Draw.
-
-        Parameters
-        ----------
-        ax : matplotlib.axes.Axes, default=None
-            Where to draw, perhaps beside others. None: on a new figure.
-        axes : array of matplotlib.axes.Axes, shape (3,), default=None
-            Where to draw. None: on a new figure.
-
-        Returns
-        -------
-        display
-            The display itself.
-
-        Raises
-        ------
-        ImportError
-            If matplotlib is not installed: ``pip install "skdeepad[plot]"``.
-        """
-        raise NotImplementedError
-
-    def _place(self, given: Any, shape: tuple[int, ...] = (), **options: Any) -> Any:
-        """Give the axes to draw on: those given, or a new figure's, and its figure."""
-        check_matplotlib_support(f"{type(self).__name__}.plot")
-        import matplotlib.pyplot as plt
-
-        if given is None:
-            rows, columns = (1, 1, *shape)[-2:]
-            _, given = plt.subplots(
-                rows, columns, squeeze=False, layout="constrained", **options
-            )
-        axes = np.asarray(given, dtype=object).reshape(shape)
-        self.figure_ = axes.flat[0].figure
-        return axes

@@ -9,10 +9,10 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.utils import check_consistent_length
 from sklearn.utils._optional_dependencies import check_matplotlib_support
 
-from ._display import Display
+from ._display import DetectorDisplay
 
 
-class ScoreHistogramDisplay(Display):
+class ScoreHistogramDisplay(DetectorDisplay):
     """How scores of normal samples and of anomalies are spread, and the threshold.
 
     Make one with `from_estimator` or `from_predictions`.

@@ -9,12 +9,12 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.utils._optional_dependencies import check_matplotlib_support
 from sklearn.utils.validation import check_is_fitted
 
-from ._display import Display
+from ._display import DetectorDisplay
 
 WINDOW = 20  # a share of 1/20 of the steps is averaged
 
 
-class LossCurveDisplay(Display):
+class LossCurveDisplay(DetectorDisplay):
     """The loss of each training step, and its moving average.
 
     Make one with `from_estimator` or `from_predictions`.

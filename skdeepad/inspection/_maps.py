@@ -13,12 +13,12 @@ from sklearn.utils import check_consistent_length
 from sklearn.utils._optional_dependencies import check_matplotlib_support
 
 from ..inputs import ImagePaths, check_inputs, chunks, load_batches, read_mask
-from ._display import Display
+from ._display import DetectorDisplay
 
 PER_PAGE = 6  # images of a figure
 
 
-class AnomalyMapDisplay(Display):
+class AnomalyMapDisplay(DetectorDisplay):
     """Images, their anomaly maps, and both together.
 
     Make one with `from_estimator` or `from_predictions`.

@@ -55,6 +55,7 @@ def save(estimator: Any, file: str | os.PathLike[str] | BinaryIO) -> None:
     Returns
     -------
     None
+        The file is written whole, or not at all.
 
     Raises
     ------

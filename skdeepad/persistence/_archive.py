@@ -46,10 +46,16 @@ LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # before each member
 
 
 class LoadError(ValueError):
-    """A file that is not what `save` wrote, or not one for this version."""
+    """A file that is not what `save` wrote, or not one for this version.
+
+    Parameters
+    ----------
+    message : str
+        What is wrong. Long messages are cut, and characters that would act on a
+        terminal are escaped.
+    """
 
     def __init__(self, message: str) -> None:
-        """Shorten what the file says, and escape what would act on a terminal."""
         shown = (c if c.isprintable() else repr(c)[1:-1] for c in message)
         super().__init__("".join(shown)[:MAX_MESSAGE])
 
