@@ -40,6 +40,7 @@ from skdeepad import (
     KMeansScorer,
     KNNScorer,
     MahalanobisFeatureScorer,
+    MSADEstimator,
     PANDAEstimator,
 )
 from skdeepad.datasets import load_cifar, load_fashion_mnist, load_image_folder
@@ -65,6 +66,7 @@ def two_views(late: Callable[..., Any], **options: Any) -> DetectorEnsemble:
 DETECTORS: dict[str, Callable[..., Any]] = {
     "mahalanobis": MahalanobisFeatureScorer,
     "panda": PANDAEstimator,
+    "msad": MSADEstimator,
     "kd-cloner": KDClonerEstimator,
     "deep-svdd": DeepSVDD,
     "knn": behind_features(KNNScorer),

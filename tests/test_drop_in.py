@@ -69,6 +69,7 @@ CHOICES = {
     "KMeansScorer": {"n_clusters": [1, 4]},
     "KNNScorer": {"n_neighbors": [1, 5]},
     "MahalanobisFeatureScorer": {"stages": ["stage1", "stage2"]},
+    "MSADEstimator": {"learning_rate": [1e-6, 30.0]},
     "OpenSetClassifier": {"head": ["linear", "cosine"]},
     "PANDAEstimator": {"normalize": [True, False]},
     "PatchDetector": {"metric": ["cosine", "euclidean"]},

@@ -596,6 +596,7 @@ def test_estimators_of_earlier_versions(file):
 def test_this_version_is_guarded():
     since = {
         "ConformalDetector",
+        "MSADEstimator",
         "PatchDetector",
         "RobustDetector",
     }  # come with the next release

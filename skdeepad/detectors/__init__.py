@@ -6,6 +6,7 @@ from ._ensemble import DetectorEnsemble
 from ._hsc import HSCClassifier
 from ._kd_cloner import KDClonerEstimator
 from ._mahalanobis import MahalanobisFeatureScorer
+from ._msad import MSADEstimator
 from ._open_set import OpenSetClassifier
 from ._panda import PANDAEstimator
 from ._patch import PatchDetector
@@ -16,6 +17,7 @@ __all__ = [
     "DetectorEnsemble",
     "HSCClassifier",
     "KDClonerEstimator",
+    "MSADEstimator",
     "MahalanobisFeatureScorer",
     "OpenSetClassifier",
     "PANDAEstimator",
