@@ -1,4 +1,4 @@
-"""Small networks to train from scratch: an MLP, and the LeNets of the papers."""
+"""Small networks to train from scratch: an MLP, LeNets, wide residual networks."""
 
 from __future__ import annotations
 
@@ -82,10 +82,53 @@ def make_lenet(
     )
 
 
+class WideBlock(nn.Module):
+    """Two convolutions of 3 x 3, each behind BatchNorm and ReLU, beside a shortcut."""
+
+    _saved: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, width: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv1 = nn.Conv2d(width, out, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        same = width == out and stride == 1
+        self.shortcut = None if same else nn.Conv2d(width, out, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.bn1(x).relu()
+        y = self.conv2(self.bn2(self.conv1(before)).relu())
+        return y + (x if self.shortcut is None else self.shortcut(before))
+
+
+def make_wide_resnet(channels: int, depth: int, widening: int) -> Backbone:
+    """Make a wide residual network (Zagoruyko and Komodakis, 2016)."""
+    widths = [16, *(widening * width for width in (16, 32, 64))]
+    stages: OrderedDict[str, nn.Module] = OrderedDict()
+    stages["stem"] = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
+    for i, (width, out) in enumerate(pairwise(widths), 1):
+        first = WideBlock(width, out, stride=1 if i == 1 else 2)
+        others = [WideBlock(out, out, stride=1) for _ in range((depth - 10) // 6)]
+        stages[f"stage{i}"] = nn.Sequential(first, *others)
+    stages["norm"] = nn.Sequential(nn.BatchNorm2d(widths[-1]), nn.ReLU())
+    for module in nn.ModuleDict(stages).modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return Backbone(stages, mean=(0.5,), std=(0.5,), in_channels=channels)
+
+
 # The networks of the official codes, with the biases that HSC's have; see
 # `without_biases` for Deep SVDD's and Deep SAD's.
 SMALL: dict[str, Callable[[int], Backbone]] = {
     "mlp": make_mlp,
+    # GEOM has depth 10 and widening 4, MHRot 16 and 4; the first is for a CPU
+    **{
+        f"wrn{depth}_{widening}": partial(
+            make_wide_resnet, depth=depth, widening=widening
+        )
+        for depth, widening in ((10, 1), (10, 4), (16, 4))
+    },
     # HSC on MNIST
     "mnist_lenet": partial(
         make_lenet, size=28, filters=(16, 32), widths=(64, 32), start=draw_as_hsc

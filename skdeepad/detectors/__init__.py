@@ -10,16 +10,20 @@ from ._msad import MSADEstimator
 from ._open_set import OpenSetClassifier
 from ._panda import PANDAEstimator
 from ._patch import PatchDetector
+from ._transformations import GEOMDetector, MHRotDetector, RotNetDetector
 
 __all__ = [
     "DeepSAD",
     "DeepSVDD",
     "DetectorEnsemble",
+    "GEOMDetector",
     "HSCClassifier",
     "KDClonerEstimator",
+    "MHRotDetector",
     "MSADEstimator",
     "MahalanobisFeatureScorer",
     "OpenSetClassifier",
     "PANDAEstimator",
     "PatchDetector",
+    "RotNetDetector",
 ]

@@ -276,17 +276,7 @@ class ObjectiveDetector(TrainedDetector):
             {"params": [p for p in weights if p in held], "weight_decay": 0.0},
         ]
         optimizer = self._optimizer(groups, weight_decay)
-        name = "milestones" if phase == "training" else "pretrain_milestones"
-        milestones = getattr(self, name)
-        if not all(0 < m < 1 for m in milestones):
-            raise ValueError(
-                f"{name}={milestones!r} must be shares of the steps, each between 0 "
-                "and 1."
-            )
-        steps = sorted({round(m * n_steps) for m in milestones})
-        schedule = torch.optim.lr_scheduler.MultiStepLR(
-            optimizer, steps, MILESTONE_DECAY
-        )
+        schedule = self._schedule(optimizer, n_steps, phase)
         curve = []
         seed = draw_seed(rng)
         for loss in self._take_steps(optimizer, losses, n_steps, seed, phase=phase):
@@ -298,6 +288,19 @@ class ObjectiveDetector(TrainedDetector):
         self, groups: list[dict[str, Any]], weight_decay: float
     ) -> torch.optim.Optimizer:
         return torch.optim.Adam(groups, self.learning_rate, weight_decay=weight_decay)
+
+    def _schedule(
+        self, optimizer: torch.optim.Optimizer, n_steps: int, phase: str
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        name = "milestones" if phase == "training" else "pretrain_milestones"
+        milestones = getattr(self, name)
+        if not all(0 < m < 1 for m in milestones):
+            raise ValueError(
+                f"{name}={milestones!r} must be shares of the steps, each between 0 "
+                "and 1."
+            )
+        steps = sorted({round(m * n_steps) for m in milestones})
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, steps, MILESTONE_DECAY)
 
     def _make_decoder(self, seed: int) -> nn.Module:
         """Mirror the trained stages."""
