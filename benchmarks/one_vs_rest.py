@@ -36,11 +36,15 @@ from skdeepad import (
     DeepSVDD,
     DetectorEnsemble,
     GaussianScorer,
+    GEOMDetector,
     KDClonerEstimator,
     KMeansScorer,
     KNNScorer,
     MahalanobisFeatureScorer,
+    MHRotDetector,
+    MSADEstimator,
     PANDAEstimator,
+    RotNetDetector,
 )
 from skdeepad.datasets import load_cifar, load_fashion_mnist, load_image_folder
 from skdeepad.metrics import anomaly_roc_auc_score
@@ -65,8 +69,12 @@ def two_views(late: Callable[..., Any], **options: Any) -> DetectorEnsemble:
 DETECTORS: dict[str, Callable[..., Any]] = {
     "mahalanobis": MahalanobisFeatureScorer,
     "panda": PANDAEstimator,
+    "msad": MSADEstimator,
     "kd-cloner": KDClonerEstimator,
     "deep-svdd": DeepSVDD,
+    "rotnet": RotNetDetector,
+    "mhrot": MHRotDetector,
+    "geom": GEOMDetector,
     "knn": behind_features(KNNScorer),
     "cosine-knn": behind_features(lambda: KNNScorer(metric="cosine")),
     "kmeans": behind_features(KMeansScorer),

@@ -25,11 +25,13 @@ from sklearn.utils.estimator_checks import check_estimator
 from .detectors._base import BackboneDetector
 from .detectors._maps import AnomalyMapMixin
 from .detectors._trained import FineTunedDetector
+from .draws import OwnDraws
 
 __all__ = [
     "AnomalyMapMixin",
     "BackboneDetector",
     "FineTunedDetector",
+    "OwnDraws",
     "check_detector",
 ]
 

@@ -6,6 +6,7 @@ that features depend neither on neighbours nor on place or number.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -316,6 +317,12 @@ class PassOutputs:
         self.max_bytes = max_bytes
         self.augment = augment
         self.kept: Arrays | None = None
+
+    def without_changes(self) -> PassOutputs:
+        """Give the same without augmentation."""
+        plain = copy.copy(self)
+        plain.augment = None
+        return plain
 
     def keep(self, batches: Iterable[Outputs]) -> Iterator[Outputs]:
         """Pass the outputs of all samples on, and keep them if all would fit."""

@@ -264,6 +264,16 @@ class Backbone(nn.Module):
         self._loader = loader, args
         return self.frozen()
 
+    def unnormalized(self) -> Backbone:
+        """Give the same stages, without a head, for images as they are in [0, 1]."""
+        return Backbone(
+            dict(self.stages.items()),
+            input_size=self.input_size,
+            in_channels=self.in_channels,
+            vectors=self.vectors,
+            to_map=self.to_map,
+        ).frozen()
+
     def clone(self) -> Self:
         """Copy the weights, so that the copy may be trained or moved.
 

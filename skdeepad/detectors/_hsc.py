@@ -91,8 +91,9 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
     weight_decay : float, default=0.0
         Of Adam; the papers' is 5e-7.
     validation_fraction : float, default=0.1
-        For `contamination`: share of the normal images that is not trained on, in (0,
-        0.5). At least 40 images, or a third of fewer than 120.
+        For `contamination`: share of the normal images that is not trained on, in [0,
+        0.5). At least 40 images, or a third of fewer than 120. 0: all are trained on,
+        and the threshold is optimistic.
     contamination : float or None, default=0.05
         Share of new normal images that may fall below the threshold, in (0, 0.5].
         None: no image is held out, and the threshold is where both classes are
@@ -167,6 +168,8 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
         Networks from scratch, as many steps as their epochs have with the normal
         images of one class: 150 epochs of 6,000 ("mnist"), 200 of 5,000 ("cifar10")
         or 150 of 1,300 ("imagenet"; the paper's network also has attention modules).
+        ``contamination=None``: all images are trained on, and the threshold is the
+        loss's own.
 
         Parameters
         ----------
@@ -203,7 +206,8 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
         }
         if dataset not in numbers:
             raise ValueError(f"dataset={dataset!r} is not one of {', '.join(numbers)}.")
-        return cls(**{"weight_decay": 5e-7, **numbers[dataset], **changes})
+        paper = {"weight_decay": 5e-7, "contamination": None, **numbers[dataset]}
+        return cls(**{**paper, **changes})
 
     def fit(
         self, X: Any, y: ArrayLike | None = None, groups: ArrayLike | None = None

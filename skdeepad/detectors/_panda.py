@@ -44,6 +44,7 @@ from ._base import (
     as_unseen,
     find_related,
     hold_out,
+    stages_to_adapt,
 )
 
 SCORERS = {"knn": KNNScorer, "kmeans": KMeansScorer, "centroid": CentroidScorer}
@@ -127,6 +128,10 @@ None, default="ewc"
         the mean over samples of the squared distance. (The official code's 1e4 goes
         with gradients of 32 samples at a time and a distance divided by the number of
         features d: here, 1e4 * d / 32.) 0 is early stopping.
+    bound_stiffness : bool, default=True
+        Whether lambda times the Fisher diagonal is kept below 1 / `learning_rate`:
+        beyond it gradient descent may overshoot where it is to be held back, so that
+        no `ewc_lambda` is too large. The paper has no bound; see Notes.
     fisher : path, mapping or None, default=None
         The Fisher diagonal for "ewc": what `skdeepad.fisher.fisher_diagonal` returns
         for the backbone, or the file it was saved to (``torch.save`` or safetensors).
@@ -137,9 +142,11 @@ None, default="ewc"
     n_checkpoints : int, default=10
         How many checkpoints "ses" keeps.
     validation_fraction : float, default=0.1
-        Share of the normal images that is not trained on, in (0, 0.5): they tell what
-        distance is typical of new ones (Appendix D). At least 40 images, or a third
-        of fewer than 120.
+        Share of the normal images that is not trained on, in [0, 0.5): they tell what
+        distance is typical of new ones (Appendix D), and set the threshold. At least
+        40 images, or a third of fewer than 120. 0: all are trained on, as in the paper
+        but for "ses", and the threshold is optimistic: more new normal images are
+        flagged than `contamination` says; a warning tells so.
     random_state : int, RandomState instance or None, default=None
         Seeds random weights, the held-out share, mini-batches, drawn outcomes, and
         the scorer, where it has a `random_state` that is None.
@@ -165,6 +172,14 @@ None, default="ewc"
     Notes
     -----
     BatchNorm keeps its pretrained statistics throughout, as in the official code.
+
+    The official code divides the loss of Eq. 1 by the number of features d, and clips
+    its gradient at 1e-3. Here the loss is the sum, d times larger, as the paper prints
+    it, and `ewc_lambda` is on that scale. Under one `clip_norm` the steps are the same
+    as long as the official gradient is longer than `clip_norm`; a shorter one, down to
+    ``clip_norm / d``, would be clipped here and not there. With the official lambda of
+    1e4, `bound_stiffness` would hold back more than half of the weights less than Eq. 4
+    says: `from_paper` has no bound.
 
     `from_paper` gives the paper's numbers. With the default network they make
     nearest neighbours worse: under a gradient clipped at 1e-3, weight decay moves the
@@ -201,6 +216,7 @@ None, default="ewc"
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
     ewc_lambda: float = 0.3
+    bound_stiffness: bool = True
     fisher: Any = None
     joint_alpha: float = 0.1
     n_checkpoints: int = 10
@@ -223,6 +239,7 @@ None, default="ewc"
         "weight_decay": [Interval(Real, 0, None, closed="left")],
         "clip_norm": [Interval(Real, 0, None, closed="neither"), None],
         "ewc_lambda": [Interval(Real, 0, None, closed="left")],
+        "bound_stiffness": ["boolean"],
         "fisher": [str, Path, Mapping, None],
         "joint_alpha": [Interval(Real, 0, None, closed="left")],
         "n_checkpoints": [Interval(Integral, 1, None, closed="left")],
@@ -235,7 +252,9 @@ None, default="ewc"
         ResNet-152, its blocks 3 and 4 trained, features as they come; SGD at 0.01 (0.1
         for outlier exposure) with momentum 0.9, weight decay 5e-5 (none for outlier
         exposure) and the gradient's norm clipped at 1e-3, for as many mini-batches of
-        32 as the adaptation has in the paper's appendix D.
+        32 as the adaptation has in the paper's appendix D. EWC has no bound on its
+        stiffness. But for "ses", no image is held out, so that the threshold is
+        optimistic, as a warning of `fit` says.
 
         Parameters
         ----------
@@ -261,6 +280,8 @@ None, default="ewc"
             # Eq. 4 with the official scales: a loss divided by its 2,048 features,
             # a Fisher diagonal from gradients of 32 samples at a time
             "ewc_lambda": 1e4 * 2048 / 32,
+            "bound_stiffness": False,
+            "validation_fraction": 0.1 if adaptation == "ses" else 0,
             "n_checkpoints": 6,  # every 5 epochs of 5,000 images
         }
         if adaptation == "outlier_exposure":
@@ -364,7 +385,8 @@ None, default="ewc"
                     if self.fisher is None
                     else adaptation.given_fisher(self.fisher)
                 )
-                losses = adaptation.ewc(fisher, self.ewc_lambda, self.learning_rate)
+                stiffest = 1 / self.learning_rate if self.bound_stiffness else np.inf
+                losses = adaptation.ewc(fisher, self.ewc_lambda, stiffest)
             else:
                 losses = adaptation.compactness()
             versions = self._train(adaptation, losses)
@@ -375,15 +397,7 @@ None, default="ewc"
     def _copy_stages(self) -> nn.Sequential:
         """Copy the stages from the first trained one on, ready to be trained."""
         names = self.backbone_.stage_names
-        if self.trainable_stages is None:
-            first = names.index(self.backbone_.block_names[-2:][0])
-            chosen = [name for name in names[first:] if name != "pool"]
-            self.trained_stages_ = tuple(chosen or names)
-        else:
-            given = self.trainable_stages
-            self.trained_stages_ = self.backbone_.check_stages(
-                (given,) if isinstance(given, str) else given, "trainable_stages"
-            )
+        self.trained_stages_ = stages_to_adapt(self.backbone_, self.trainable_stages)
         copied = self.backbone_.clone().stages
         stages = nn.Sequential(
             OrderedDict(
@@ -393,11 +407,6 @@ None, default="ewc"
         )
         for name, stage in stages.named_children():
             stage.requires_grad_(name in self.trained_stages_)
-        if not any(parameter.requires_grad for parameter in stages.parameters()):
-            raise ValueError(
-                f"trainable_stages={self.trained_stages_} have no weights to "
-                "train. Choose stages with layers that learn."
-            )
         return stages
 
     def _taps(self) -> tuple[Tap, ...]:
@@ -510,7 +519,8 @@ None, default="ewc"
             features.append(self._gather(self._embed(again), len(initial)))
         self._set_versions(versions)
         together = np.hstack(features)
-        before, after = initial[rows[held_out]], together[rows[held_out]]
+        compared = rows[held_out] if held_out.any() else rows
+        before, after = initial[compared], together[compared]
         self._warn_of_collapse(self._psi(before), self._by_version(after)[-1])
         return together
 
@@ -546,6 +556,8 @@ None, default="ewc"
                 self._typical.append(-unseen[-1].mean())
             given = {"groups": groups} if isinstance(scorer, Scorer) else {}
             self.scorers_.append(clone(scorer).fit(psi, **given))
+            if self.adaptation and not held_out.any():
+                self._typical.append(-self.scorers_[-1].score_samples(psi).mean())
         scores = self._score(features)
         if held_out.any():
             if unseen:
