@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import InconsistentVersionWarning
 
+from ..files import replacing
 from ._archive import (
     LoadError,
     pack,
@@ -92,16 +93,11 @@ def save(estimator: Any, file: str | os.PathLike[str] | BinaryIO) -> None:
         "root": root,
     }
     data = pack(manifest, writer.arrays, writer.tensors)
-    if hasattr(file, "write"):
+    if not isinstance(file, str | os.PathLike):
         file.write(data)
         return
-    path = Path(file)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(file) as part:
         part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load(
