@@ -19,6 +19,7 @@ from skdeepad import BackboneFeatures, KNNScorer
 from skdeepad.command._commands import skdeepad as command
 from skdeepad.conformal import select_anomalies
 from skdeepad.detectors import MahalanobisFeatureScorer, PatchDetector
+from skdeepad.persistence._archive import pack
 
 ODD = "a\n<script>alert(1)</script>\"'&.png"
 
@@ -75,7 +76,7 @@ def model(folders):
         *("fit", folders / "good", "--out", path, "--detector", "mahalanobis"),
         *("--image-size", 32, "--contamination", 0.1, "--bad", folders / "bad"),
     )
-    assert "24 images" in told
+    assert "Images to learn from: 24\n" in told
     assert "Known defects: " in told and " of 8 found" in told
     return path
 
@@ -125,7 +126,7 @@ def test_fit_understands_the_layout_of_mvtec(folders, textures, tmp_path):
     out = tmp_path / "m.skdeepad"
     options = ("--detector", "mahalanobis", "--image-size", 32)
     told = run("fit", tmp_path, "--out", out, *options)
-    assert "train/good" in told and "model of 20 images" in told
+    assert "train/good" in told and "learn from: 20\n" in told
     n_bad = len(list((tmp_path / "test" / "spot").iterdir()))
     assert f"of {n_bad} found" in told
     told = run("score", out, tmp_path, "--csv", tmp_path / "scores.csv")
@@ -328,11 +329,31 @@ def test_report(model, folders, tmp_path):
     assert out.read_text(encoding="utf-8") == page
 
 
-def test_info(model):
+def test_info(model, patch_model):
     told = run("info", model)
-    assert "MahalanobisFeatureScorer(contamination=0.1" in told
-    for word in ("skdeepad 0.1.0", "Threshold: ", "(32, 32)", "MB"):
-        assert word in told
+    assert told.startswith("MahalanobisFeatureScorer, ")
+    detector = skdeepad.load(model)
+    for name in ("contamination", "image_size", "offset_", "image_size_", "stages_"):
+        assert f"  {name}: {getattr(detector, name)!r}\n" in told
+    assert f"skdeepad {skdeepad.__version__}" in told
+    assert "  held_out_scores_: 'array of shape (24,)'" in told
+    assert "  backbone_: 'efficientnet_lite0'" in told
+    detector = skdeepad.load(patch_model)
+    assert f"  map_offset_: {detector.map_offset_!r}\n" in run("info", patch_model)
+
+
+def test_info_of_a_forged_file(tmp_path):
+    path = tmp_path / "forged.skdeepad"
+    made_with = {"skdeepad": "\x1b[31mred"}
+    root = {"class": "a.B", "attributes": [["x_", "\n\x1b[2J"], ["y_", [0]]]}
+    manifest = {"format": 1, "made_with": made_with, "objects": [root], "root": [0]}
+    path.write_bytes(pack(manifest, [], {}))
+    told = run("info", path)
+    assert told.startswith("B, ") and "\x1b" not in told
+    assert "  x_: '\\n\\x1b[2J'\n" in told and "  y_: 'B'\n" in told
+    for broken in ({"root": 3}, {"root": [1]}, {"made_with": 3}, {"objects": [[]]}):
+        path.write_bytes(pack(manifest | broken, [], {}))
+        assert "The file is not one that save wrote" in run("info", path, code=1)
 
 
 def test_export(model, tmp_path, monkeypatch):
@@ -397,9 +418,11 @@ def test_a_process_of_its_own(model, folders, tmp_path):
         )
 
     check = "import atexit, sys; atexit.register(lambda: print(*sys.modules)); "
-    helped = shell("score", "--help", code=check + code)
-    assert helped.returncode == 0
-    assert not {"numpy", "torch", "sklearn"} & set(helped.stdout.split())
+    informed = shell("info", model, code=check + code)
+    assert informed.returncode == 0
+    assert not {"torch", "sklearn", "scipy"} & set(
+        informed.stdout.splitlines()[-1].split()
+    )
     scored = shell("score", model, folders / "new", "--csv", tmp_path / "scores.csv")
     assert scored.returncode == 0, scored.stderr
     assert "Traceback" not in scored.stderr

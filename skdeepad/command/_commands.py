@@ -162,6 +162,7 @@ def fit(
     check_target(out, force)
     paths = listed(good, "train")
     known_bad = listed(bad, "test") if bad else listed(good, "bad")
+    click.echo(f"Images to learn from: {len(paths)}")
 
     from .. import detectors, save
     from ._results import say_found, say_threshold
@@ -174,7 +175,7 @@ def fit(
     )
     model.fit(paths)
     save(model, out)
-    click.echo(f"{detector} model of {len(paths)} images: {printable(str(out))}")
+    click.echo(f"Model: {printable(str(out))}")
     say_threshold(model)
     if known_bad:
         say_found(model, known_bad)
@@ -301,15 +302,21 @@ def export(model: Path, out: Path, force: bool) -> None:
 @skdeepad.command(short_help="Tell what a model is.")
 @model_argument
 def info(model: Path) -> None:
-    """Tell what a model is, and whether it can be used here.
+    """Tell what a model is, by what its file says; it is not loaded.
 
     \b
     Example:
       skdeepad info model.skdeepad
     """
-    from ._results import say_model
+    from ..persistence._summary import summarize
 
-    say_model(model)
+    told = summarize(model)
+    versions = ", ".join(f"{name} {v}" for name, v in told["made_with"].items())
+    size = model.stat().st_size / 1e6
+    lines = [f"{told['class']}, {size:.1f} MB, made with {versions}", "Parameters:"]
+    lines += [f"  {name}: {value!r}" for name, value in told["parameters"].items()]
+    lines += ["Learnt:", *(f"  {k}: {v!r}" for k, v in told["fitted"].items())]
+    click.echo(printable("\n".join(lines), "\n"))
 
 
 @skdeepad.command(short_help="Which detector suits these images?")

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import csv
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile
 
 import click
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.base import BaseEstimator
 from sklearn.frozen import FrozenEstimator
 
 from ..conformal import DriftMonitor, select_anomalies
@@ -227,23 +224,3 @@ def write_report(
         n_images=n_images,
         title=f"{folder.resolve().name}: anomaly report",
     )
-
-
-def say_model(path: Path) -> None:
-    """Print what a model is."""
-    model: BaseEstimator = load(path)
-    with ZipFile(path) as archive:
-        made_with = json.loads(archive.read("manifest.json"))["made_with"]
-    click.echo(printable(repr(model), "\n"))
-    click.echo(
-        "Made with: " + ", ".join(f"{name} {made_with[name]}" for name in made_with)
-    )
-    click.echo(f"Size: {path.stat().st_size / 1e6:.1f} MB")
-    for name, what in (
-        ("stages_", "Stages"),
-        ("image_size_", "Images are resized to"),
-        ("map_offset_", "Threshold of maps"),
-    ):
-        if hasattr(model, name):
-            click.echo(f"{what}: {getattr(model, name)}")
-    say_threshold(model)
