@@ -102,6 +102,16 @@ def test_fit_writes_what_python_fits(model, folders, textures):
     np.testing.assert_array_equal(new, alone.score_samples(textures.X_test))
 
 
+def test_fit_with_defects_that_cannot_be_read(folders, tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").touch()
+    options = ("--detector", "mahalanobis", "--image-size", 32, "--bad")
+    out = tmp_path / "m.skdeepad"
+    told = run("fit", folders / "good", "--out", out, *options, tmp_path / "bad")
+    assert out.is_file() and "1 of 1 images cannot be read" in told
+    assert "Known defects" not in told
+
+
 def test_fit_replaces_nothing_unless_forced(model, folders):
     before = model.read_bytes()
     args = ("fit", folders / "good", "--out", model, "--detector", "mahalanobis")
@@ -233,6 +243,21 @@ def test_a_pipeline(folders, textures, tmp_path):
     assert float(row["score"]) == pytest.approx(pipeline.score_samples(image)[0])
     p = pipeline[-1].p_values(pipeline[0].transform(image))
     assert float(row["p_value"]) == pytest.approx(p[0])
+
+
+def test_stages_without_maps(patch_model, folders, tmp_path, monkeypatch):
+    def refuse(self, X):
+        raise ValueError("these stages have no maps")
+
+    monkeypatch.setattr(PatchDetector, "anomaly_map", refuse)
+    args = ("score", patch_model, folders / "bad", "--csv", tmp_path / "scores.csv")
+    told = run(*args, "--maps", tmp_path / "maps", code=1)
+    assert "these stages have no maps" in told and not list(tmp_path.iterdir())
+    run(*args)
+    run("report", patch_model, folders / "bad", "--out", tmp_path / "report.html")
+    assert (
+        "No maps: these stages have no maps" in (tmp_path / "report.html").read_text()
+    )
 
 
 # what goes wrong

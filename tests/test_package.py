@@ -165,6 +165,7 @@ def test_project_file():
     file = Path(__file__).parents[1] / "pyproject.toml"
     project = tomllib.loads(file.read_text(encoding="utf-8"))
     assert project["project"]["version"] == skdeepad.__version__
+    assert project["project"]["scripts"] == {"skdeepad": "skdeepad.command:main"}
     assert project["tool"]["setuptools"]["package-data"]["skdeepad"] == [
         "py.typed",
         "inspection/*.jinja",

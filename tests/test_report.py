@@ -206,6 +206,18 @@ def test_the_same_scores_as_from_files(textures, image_files, tmp_path):
     np.testing.assert_array_equal(scores, detector.score_samples(image_files.train))
 
 
+def test_colour_after_grey(quick, photos, image_files, tmp_path):
+    """Files are what they are to the detector, whatever it was fitted to."""
+    for size in (32, 160):
+        detector = MahalanobisFeatureScorer(image_size=size, stages="stage2")
+        detector.fit(photos[..., 0])
+        for files in (image_files.photos[:4], image_files.test[:4]):
+            path = report(detector, files, tmp_path / "report.html")
+            found = [float(card["data-decision"]) for card in Page(path).cards()]
+            wanted = np.sort(detector.decision_function(files))
+            np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
 def test_detectors_around_others(textures, image_files, tmp_path):
     tiny = {"weights": None, "image_size": 28, "random_state": 0}
     inner = MahalanobisFeatureScorer("mnist_lenet", **tiny)
@@ -286,6 +298,7 @@ def test_without_jinja(quick, textures, tmp_path, monkeypatch):
         (["/a/b/c.png", "/a/d.png"], ["b/c.png", "d.png"]),
         (["/a/b.png"], ["b.png"]),
         (["a.png", "b/c.png"], ["a.png", "b/c.png"]),
+        (["b/c.png", "/a.png"], ["b/c.png", "/a.png"]),
         (["/a/\x1b[31m.png", "/a/\u202eb\udce9"], ["\\x1b[31m.png", "\\u202eb\\udce9"]),
     ],
 )

@@ -50,7 +50,7 @@ def say_found(model: Any, paths: list[Path]) -> None:
     scores = model.score_samples(paths)
     scores = scores[~np.isnan(scores)]
     if not len(scores):
-        raise ValueError("None of the images with defects can be read.")
+        return  # a warning has told
     good = model.held_out_scores_
     labels = np.repeat([1, -1], [len(good), len(scores)])
     area = anomaly_roc_auc_score(labels, np.concatenate([good, scores]))
@@ -91,10 +91,11 @@ def score_folder(
         for batch in images:
             scores[batch.index] = batch.scores
             failed |= batch.failed
-            for i, found in zip(batch.index, batch.maps or (), strict=bool(batch.maps)):
+            if images.no_maps:
+                raise ValueError(f"There can be no --maps: {images.no_maps}")
+            for k, found in enumerate(batch.maps or ()):
+                i = batch.index[k]
                 kept.put(names[i], fit_size(found, images.inputs.size(i)), level)
-        if images.no_maps:
-            raise ValueError(f"There are no maps: {images.no_maps}")
         if len(failed) == len(paths):
             raise ValueError(f"No image can be read; the first says: {failed[0]}.")
         selected = _write_table(part, paths, scores, threshold, failed, fdr)

@@ -235,7 +235,9 @@ def _summary(
         "cards": [row for row in rows if row["picture"]],
         "others": [row for row in rows if not row["picture"]],
         "has_maps": any(p.map is not None for p in found.pictures.values()),
-        "failed": [(found.names[i], why) for i, why in sorted(found.failed.items())],
+        "failed": [
+            (found.names[i], printable(why)) for i, why in sorted(found.failed.items())
+        ],
         "histogram": histogram(decisions[found.order], held_out),
     }
 
@@ -263,7 +265,10 @@ def _suspects(detector: Any, X_train: Any, verbose: Any) -> dict[str, Any]:
 
 def short_names(names: list[str]) -> list[str]:
     """Leave out the folder that all files are in."""
-    folder = os.path.commonpath(names) if os.sep in names[0] else ""
+    try:
+        folder = os.path.commonpath(names) if os.sep in names[0] else ""
+    except ValueError:  # some are absolute, others are not
+        folder = ""
     folder = os.path.dirname(folder) if folder in names else folder
     cut = len(folder.rstrip(os.sep)) + 1 if folder else 0
     return [printable(name[cut:]) for name in names]

@@ -121,19 +121,20 @@ class ScoredImages:
         )
         self.detector, self.maps, self.verbose = detector, maps, verbose
         self.size, self.channels, self.as_seen = VIEW, 3, False
-        size = getattr(detector, "image_size_", None)
-        if (
-            hasattr(detector, "backbone_")
-            and size is not None
-            and not (pictures and min(size) < VIEW[0] // 2)
-            and detector.memory is None  # which knows files by their paths
-        ):
-            # what the detector would make of a file: it need not be read again
-            expected = detector.image_shape_in_
-            channels = expected[0] if expected else detector.backbone_.in_channels
-            self.size, self.channels, self.as_seen = size, channels or 3, True
+        if hasattr(detector, "backbone_") and detector.memory is None:
+            size, backbone = detector.image_size_, detector.backbone_
+            settled = backbone.in_channels and (
+                detector.image_size or backbone.input_size
+            )
+            if settled and not (pictures and min(size) < VIEW[0] // 2):
+                # what the detector would make of a file: it need not be read again
+                self.size, self.channels, self.as_seen = (
+                    size,
+                    backbone.in_channels,
+                    True,
+                )
         self.names = [f"X[{i}]" for i in range(len(self.inputs))]
-        if isinstance(self.X, list) and type(self.inputs) is ImagePaths:
+        if type(self.inputs) is ImagePaths:
             self.names = [str(path) for path in self.inputs.rows]
         self.no_maps: str | None = None
         if maps and not hasattr(detector, "anomaly_map"):
