@@ -163,9 +163,9 @@ def _template() -> Any:
 
 
 class _Found:
-    """All scores, and pictures of the images that look least normal."""
+    """All scores, and pictures of some images: of `shown`, or the least normal."""
 
-    def __init__(self, images: ScoredImages, n_images: int) -> None:
+    def __init__(self, images: ScoredImages, n_images: int, shown: Any = None) -> None:
         self.names = short_names(images.names)
         self.scores = np.full(len(images), np.nan)
         self.failed: dict[int, str] = {}
@@ -173,7 +173,8 @@ class _Found:
         for batch in images:
             self.scores[batch.index] = batch.scores
             self.failed |= batch.failed
-            worst = np.argsort(self.scores)[:n_images]  # NaN last
+            # NaN is last
+            worst = np.argsort(self.scores)[:n_images] if shown is None else shown
             self.pictures = {
                 i: picture for i, picture in self.pictures.items() if i in worst
             }
@@ -249,16 +250,16 @@ def _suspects(detector: Any, X_train: Any, verbose: Any) -> dict[str, Any]:
         named = [] if known is None else [f"X[{i}]" for i in known[:N_SUSPECTS]]
         return {"suspects": [{"name": name, "picture": None} for name in named]}
     images = ScoredImages(detector, X_train, maps=False, pictures=True, verbose=verbose)
-    found = _Found(images, len(images) if known is not None else N_SUSPECTS)
-    order = found.order if known is None else known
+    shown = None if known is None else known[:N_SUSPECTS]
+    found = _Found(images, N_SUSPECTS, shown)
+    order = found.order[:N_SUSPECTS] if shown is None else shown
     return {
         "suspects": [
             {
                 "name": found.names[i],
-                "score": float(found.scores[i]),
                 "picture": _shown(found.pictures.get(int(i)), 1.0),
             }
-            for i in order[:N_SUSPECTS]
+            for i in order
         ]
     }
 
