@@ -415,7 +415,7 @@ def iter_outputs(
     else:
         yield from _look_up(front, inputs, cache, failed, on_error)
     if failed:
-        _report_unreadable(inputs, failed, on_error)
+        report_unreadable(inputs, failed, on_error)
 
 
 def _look_up(
@@ -463,10 +463,11 @@ def _compute(
         if batch.values is not None and not (failed and on_error == "raise"):
             yield batch.index, front.run(batch.values)
     if failed and on_error == "raise":
-        _report_unreadable(inputs, failed, on_error)
+        report_unreadable(inputs, failed, on_error)
 
 
-def _report_unreadable(inputs: Any, failed: dict[int, str], on_error: str) -> None:
+def report_unreadable(inputs: Any, failed: dict[int, str], on_error: str) -> None:
+    """Warn of images that cannot be read, or raise an error."""
     index = sorted(failed)
     message = (
         f"{len(index)} of {len(inputs)} images cannot be read: "
