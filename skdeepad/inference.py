@@ -460,6 +460,7 @@ def _compute(
 
 
 def _report_unreadable(inputs: Any, failed: dict[int, str], on_error: str) -> None:
+    inputs, failed = inputs.of_images(failed)
     index = sorted(failed)
     message = (
         f"{len(index)} of {len(inputs)} images cannot be read: "
