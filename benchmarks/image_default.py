@@ -3,10 +3,10 @@
     python benchmarks/image_default.py textures [--draws 3]
     python benchmarks/image_default.py fashion-mnist [--n-train 1000] [--n-test 200]
 
-"textures": small defects, the draws of `defects.py`. "fashion-mnist": each class in turn
-is normal, as in `one_vs_rest.py`, but with the first `--n-train` training images of the
-class and the first `--n-test` test images of each: patches take their time. The members
-of `DetectorEnsemble()` are fitted once, and judged alone as well.
+"textures": small defects, the draws of `defects.py`. "fashion-mnist": each class in
+turn is normal, as in `one_vs_rest.py`, but with the first `--n-train` training images
+of the class and the first `--n-test` test images of each: patches take their time. The
+members of `DetectorEnsemble()` are fitted once, and judged alone as well.
 """
 
 from __future__ import annotations
