@@ -194,6 +194,11 @@ def test_maps_show_where_and_have_a_threshold():
     peaks = detector._peaks.scores
     assert np.mean(peaks > detector.map_offset_) == pytest.approx(0.25, abs=0.1)
     assert set(detector.locate(spoilt).columns) >= {"position", "top", "left", "peak"}
+    more = RNG.rand(40, 16, 40)
+    detector.recalibrate(more)
+    peaks = detector.anomaly_map(more).max(axis=(1, 2))
+    assert np.mean(peaks > detector.map_offset_) == pytest.approx(0.25, abs=0.05)
+    assert np.mean(detector.predict(more) < 0) == pytest.approx(0.25, abs=0.05)
 
 
 # --------------------------------------------------------------------------- the mask
