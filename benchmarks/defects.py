@@ -108,7 +108,7 @@ DETECTORS: dict[str, Any] = {
     ),
     "MahalanobisFeatureScorer": lambda: MahalanobisFeatureScorer(**OPTIONS),
     "PANDA": lambda: PANDAEstimator(**OPTIONS),
-    "DetectorEnsemble": lambda: DetectorEnsemble(**OPTIONS),
+    "DetectorEnsemble": DetectorEnsemble,
 }
 
 

@@ -45,6 +45,7 @@ from skdeepad import (
     MSADEstimator,
     PANDAEstimator,
     RotNetDetector,
+    PatchDetector,
 )
 from skdeepad.datasets import load_cifar, load_fashion_mnist, load_image_folder
 from skdeepad.metrics import anomaly_roc_auc_score
@@ -55,6 +56,15 @@ def behind_features(*steps: Callable[[], Any]) -> Callable[..., Pipeline]:
     return lambda **images: make_pipeline(
         BackboneFeatures(**images), *(step() for step in steps)
     )
+
+
+def image_default(**options: Any) -> DetectorEnsemble:
+    """Give the default of `DetectorEnsemble` for images, at 160 pixels."""
+    members = [
+        ("patches", PatchDetector(**options)),
+        ("cosine", DETECTORS["cosine-knn"](**options)),
+    ]
+    return DetectorEnsemble(members, combine="max")
 
 
 def two_views(late: Callable[..., Any], **options: Any) -> DetectorEnsemble:
@@ -75,6 +85,8 @@ DETECTORS: dict[str, Callable[..., Any]] = {
     "rotnet": RotNetDetector,
     "mhrot": MHRotDetector,
     "geom": GEOMDetector,
+    "patches": PatchDetector,
+    "image-default": image_default,
     "knn": behind_features(KNNScorer),
     "cosine-knn": behind_features(lambda: KNNScorer(metric="cosine")),
     "kmeans": behind_features(KMeansScorer),
@@ -82,7 +94,7 @@ DETECTORS: dict[str, Callable[..., Any]] = {
     "gaussian": behind_features(GaussianScorer),
     "whitened-knn": behind_features(lambda: KNNScorer(metric="mahalanobis")),
 }
-# the default of `DetectorEnsemble`, at 160 pixels, and the same with PANDA
+# two views of whole images, at 160 pixels, and the same with PANDA
 DETECTORS["ensemble"] = partial(two_views, DETECTORS["cosine-knn"])
 DETECTORS["panda-ensemble"] = partial(two_views, PANDAEstimator)
 

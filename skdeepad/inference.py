@@ -468,6 +468,7 @@ def _compute(
 
 def report_unreadable(inputs: Any, failed: dict[int, str], on_error: str) -> None:
     """Warn of images that cannot be read, or raise an error."""
+    inputs, failed = inputs.of_images(failed)
     index = sorted(failed)
     message = (
         f"{len(index)} of {len(inputs)} images cannot be read: "

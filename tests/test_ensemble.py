@@ -11,10 +11,12 @@ from sklearn.base import clone
 from sklearn.ensemble import IsolationForest
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
 from sklearn.svm import OneClassSVM
 
 from skdeepad import (
     BackboneFeatures,
+    CentroidScorer,
     DeepSAD,
     DetectorEnsemble,
     GaussianScorer,
@@ -24,7 +26,9 @@ from skdeepad import (
     MahalanobisFeatureScorer,
     OneClassKFold,
     PANDAEstimator,
+    PatchDetector,
 )
+from skdeepad.detectors._ensemble import frozen_fronts
 from skdeepad.inference import FeaturePass
 from skdeepad.metrics import anomaly_roc_auc_score
 
@@ -38,6 +42,10 @@ MEMBERS = [("knn", KNNScorer()), ("gaussian", GaussianScorer())]
 def on_stage(stage, size=32, scorer=None):
     features = BackboneFeatures(stages=stage, image_size=size, batch_size=8)
     return make_pipeline(features, scorer or KNNScorer())
+
+
+def on_column(i):
+    return make_pipeline(FunctionTransformer(lambda rows: rows[:, [i]]), KNNScorer())
 
 
 @pytest.fixture
@@ -281,24 +289,63 @@ def test_trained_members_take_part(textures):
     assert np.isfinite(ensemble.score_samples(textures.X_test)).all()
 
 
-def test_two_views_are_the_default(textures):
+def test_patches_and_whole_images_are_the_default(textures):
     ensemble = DetectorEnsemble().fit(textures.X_train)
-    by_hand = DetectorEnsemble(
-        [
-            ("cosine", on_stage("pool", 160, KNNScorer(metric="cosine"))),
-            (
-                "whitened",
-                make_pipeline(
-                    BackboneFeatures(stages="stage5", image_size=64, batch_size=8),
-                    GaussianScorer(),
-                    KNNScorer(),
-                ),
-            ),
-        ]
-    ).fit(textures.X_train)
-    assert np.corrcoef(
-        ensemble.score_samples(textures.X_test), by_hand.score_samples(textures.X_test)
-    )[0, 1] == pytest.approx(1, abs=1e-3)  # batches of another size, in bfloat16
+    members = [
+        ("patches", PatchDetector(image_size=160, random_state=0)),
+        ("cosine", on_stage("pool", 160, KNNScorer(metric="cosine"))),
+    ]
+    by_hand = DetectorEnsemble(members, combine="max").fit(textures.X_train)
+    np.testing.assert_allclose(
+        ensemble.score_samples(textures.X_test),
+        by_hand.score_samples(textures.X_test),
+        atol=1e-1,
+    )  # batches of another size, in bfloat16
+    maps = ensemble.named_estimators_["patches"].anomaly_map(textures.X_test[:2])
+    assert maps.shape == (2, 32, 32)
+    assert not list(frozen_fronts(ensemble.estimators_[:1]))  # maps fill the memory
+
+
+def test_the_default_for_vectors():
     vectors = DetectorEnsemble().fit(X)
     assert list(vectors.named_estimators_) == ["cosine", "whitened"]
     assert vectors.n_features_in_ == 4
+
+
+@pytest.mark.parametrize("scale", ["log", "rank"])
+def test_the_largest_score_counts(scale):
+    members = [("near", KNNScorer()), ("centre", CentroidScorer())]
+    ensemble = DetectorEnsemble(members, scale=scale, combine="max").fit(X)
+    new = np.random.default_rng(1).normal(size=(30, 4)) * 2
+    columns = [m.fit(X).score_samples(new) for _, m in members]
+    held_out = [m.score_samples(X) for _, m in members]
+    if scale == "log":
+        z = [
+            (np.log(-a) - np.log(-b).mean()) / np.log(-b).std()
+            for a, b in zip(columns, held_out, strict=True)
+        ]
+        assert set(np.argmax(z, axis=0)) == {0, 1}  # each of them decides somewhere
+        expected = -np.max(z, axis=0)
+    else:
+        shares = [
+            (b[:, None] < a).mean(axis=0)
+            for a, b in zip(columns, held_out, strict=True)
+        ]
+        expected = np.min(shares, axis=0)
+    np.testing.assert_allclose(ensemble.score_samples(new), expected, rtol=1e-9)
+    with pytest.raises(ValueError, match="weights are for combine='mean'"):
+        ensemble.set_params(weights=[1, 2]).fit(X)
+
+
+def test_one_alarm_is_enough():
+    draw = np.random.default_rng(0)
+    train, new = draw.normal(size=(300, 7)), draw.normal(size=(200, 7))
+    new[:100, 0] += 5  # one of seven members sees it
+    members = [(f"column {i}", on_column(i)) for i in range(7)]
+    found = {}
+    for combine in ("mean", "max"):
+        ensemble = DetectorEnsemble(members, combine=combine).fit(train)
+        flagged = ensemble.predict(new) < 0
+        assert flagged[100:].mean() < 0.15
+        found[combine] = flagged[:100].mean()
+    assert found["max"] > 0.8 > 0.75 > found["mean"]

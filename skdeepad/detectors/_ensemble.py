@@ -34,6 +34,7 @@ from ..inference import BLOCK
 from ..inputs import Vectors, check_inputs, open_inputs
 from ..scorers import KNNScorer
 from ..scorers._base import HeldOutScores
+from ._patch import PatchDetector
 from ._refits import RefitSamples, sample_digests, scores_are_held_out
 
 MIN_RATIO = 1e-9  # of a score and the median: the logarithm of 0 is not finite
@@ -41,7 +42,7 @@ N_FOLDS = 10  # for members that do not know their held-out scores
 
 
 class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
-    """Average of several detectors' scores, brought to one scale.
+    """Several detectors in one: the average or the worst of their scores, on one scale.
 
     What one network, stage or size of images overlooks, another may see. Members are
     any outlier detectors: this package's, pipelines, scikit-learn's. Those that look
@@ -51,18 +52,24 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
     ----------
     estimators : list of (str, estimator) tuples, default=None
         The members, by name; "drop" in the place of one leaves it out. None: two
-        that see different things. For images, the cosine distance to the nearest
-        neighbours in a pretrained EfficientNet-Lite0's last stage at 160 pixels, and
-        the Mahalanobis distance to those in its fifth stage at 64 pixels; for
-        vectors, the same distances in the vectors.
+        that see different things. For images, both at 160 pixels: "patches", a
+        `PatchDetector`, for small defects, and "cosine", the cosine distance to the
+        nearest neighbours in a pretrained EfficientNet-Lite0's last stage, for other
+        kinds of things. For vectors, the cosine and the Mahalanobis distance to the
+        nearest neighbours.
     scale : {"log", "rank"}, default="log"
         What is averaged. "log": the logarithm of a member's anomaly score over its
         median on the training samples, for scores that are distances. "rank": the
         share of training samples that are less normal, for any scores; all beyond
         the training samples is alike.
+    combine : {"mean", "max"}, default=None
+        Whether members' anomaly scores are averaged, or the largest is taken, so that
+        one member alone can raise an alarm: for members made for different kinds of
+        anomalies. For "max", logarithms are brought to mean 0 and deviation 1 on the
+        training samples. None: "max" for the default members for images, or "mean".
     weights : array-like of shape (n_members,), default=None
-        What each member's scores count. None: all the same, but that the default's
-        cosine distances, which are squares of lengths, count half.
+        What each member's scores count in the mean. None: all the same, but that the
+        default's cosine distances of vectors, which are squares of lengths, count half.
 
     Attributes
     ----------
@@ -105,6 +112,7 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
 
     estimators: Sequence[tuple[str, Any]] | None = field(default=None, kw_only=False)
     scale: str = "log"
+    combine: str | None = None
     weights: ArrayLike | None = None
 
     _saved: ClassVar = {
@@ -116,6 +124,7 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
     _parameter_constraints: ClassVar = {
         "estimators": [list, None],
         "scale": [StrOptions({"log", "rank"})],
+        "combine": [StrOptions({"mean", "max"}), None],
         "weights": ["array-like", None],
     }
 
@@ -190,6 +199,7 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
         (X,) = indexable(open_inputs(X))
         members = self._members(X)
         self._names = [name for name, _ in members]
+        self._largest = self._takes_largest()
         self._shares = self._check_weights(len(members))
         groups = check_groups(groups, _num_samples(X))
         normal = np.flatnonzero(known_normal(y, _num_samples(X)))
@@ -244,17 +254,17 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
     def _members(self, X: Any) -> list[tuple[str, Any]]:
         """Give the members, or those that stand for none."""
         if self.estimators is None:
-            cosine, whitened = (
-                KNNScorer(metric="cosine"),
-                KNNScorer(metric="mahalanobis"),
-            )
+            cosine = KNNScorer(metric="cosine")
             inputs = check_inputs(self, X, vectors=None, image_shape=None, reset=True)
-            if type(inputs) is not Vectors:
-                late = BackboneFeatures(image_size=160)
-                early = BackboneFeatures(stages="stage5", image_size=64)
-                cosine = make_pipeline(late, cosine)
-                whitened = make_pipeline(early, whitened)
-            return [("cosine", cosine), ("whitened", whitened)]
+            if type(inputs) is Vectors:
+                return [
+                    ("cosine", cosine),
+                    ("whitened", KNNScorer(metric="mahalanobis")),
+                ]
+            return [
+                ("patches", PatchDetector(image_size=160, random_state=0)),
+                ("cosine", make_pipeline(BackboneFeatures(image_size=160), cosine)),
+            ]
         self._validate_names([name for name, _ in self.estimators])
         members = [(name, m) for name, m in self.estimators if m != "drop"]
         if not members:
@@ -267,10 +277,21 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
                 )
         return members
 
+    def _takes_largest(self) -> bool:
+        """Tell whether the largest anomaly score counts, and not the mean."""
+        if self.combine is None:
+            return self.estimators is None and self._names[0] == "patches"
+        if self.combine == "max" and self.weights is not None:
+            raise ValueError(
+                "weights are for combine='mean'; the largest of the members' scores "
+                "has none. Leave weights out, or set combine='mean'."
+            )
+        return self.combine == "max"
+
     def _check_weights(self, n: int) -> NDArray[np.float64]:
         """Give the share of each member."""
         weights = np.ones(n) if self.weights is None else np.asarray(self.weights)
-        if self.weights is None and self.estimators is None:
+        if self.weights is None and self.estimators is None and not self._largest:
             weights = np.array([1.0, 2.0])
         if weights.shape != (n,) or (weights < 0).any() or not weights.sum() > 0:
             raise ValueError(
@@ -280,13 +301,19 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
         return weights / weights.sum()
 
     def _combine(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Average the members' scores on one scale."""
+        """Average the members' scores on one scale, or take the worst."""
         # no products of matrices, which round by how many rows there are
         known = self.training_scores_
+        largest = getattr(self, "_largest", False)  # files of 0.1.0 have none
         if self.scale == "log":
             medians = -np.median(known, axis=0)
             medians[medians == 0] = 1.0  # most training samples are the same
             logarithms = np.log(np.maximum(-scores / medians, MIN_RATIO))
+            if largest:
+                trained = np.log(np.maximum(-known / medians, MIN_RATIO))
+                spread = trained.std(axis=0)
+                spread[spread == 0] = 1.0
+                return -((logarithms - trained.mean(axis=0)) / spread).max(axis=1)
             return -(logarithms * self._shares).sum(axis=1)
         below = [
             np.searchsorted(known[:, i], scores[:, i], side=side)
@@ -295,6 +322,7 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
         ]
         ranks = np.reshape(below, (2, -1, len(scores))).mean(axis=0) / len(known)
         mean = (self._shares[:, None] * ranks).sum(axis=0)
+        mean = ranks.min(axis=0) if largest else mean
         return np.where(np.isnan(scores).any(axis=1), np.nan, mean)
 
     def score_samples(self, X: Any) -> NDArray[np.float64]:
@@ -303,8 +331,8 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
         Returns
         -------
         ndarray of float64, shape (n_samples,)
-            The members' weighted mean, on the scale that `scale` says; NaN for
-            files that a member has skipped.
+            The members' weighted mean, or the worst, on the scale that `scale` says;
+            NaN for files that a member has skipped.
         """
         check_is_fitted(self)
         fronts = [front._front() for front in frozen_fronts(self.estimators_)]
@@ -328,11 +356,14 @@ def member_scores(members: Sequence[Any], X: Any) -> NDArray[np.float64]:
 
 
 def frozen_fronts(members: Sequence[Any]) -> Iterator[BackboneEstimator]:
-    """Find the frozen networks at the front of members that keep nothing themselves."""
+    """Find the frozen networks at the front of members that keep nothing themselves.
+
+    Maps are not shared: those of all training images would fill the memory.
+    """
     for member in members:
         front = member.steps[0][1] if isinstance(member, Pipeline) else member
         frozen = isinstance(front, BackboneEstimator) and not front._has_end
-        if frozen and front.memory is None:
+        if frozen and front.memory is None and not isinstance(front, PatchDetector):
             yield front
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -152,7 +152,13 @@ class AnomalyMapMixin(AnomalyDetector, BackboneEstimator):
 
     def _maps(self, inputs: Any) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Give positions of images that can be read, and their maps."""
-        for index, scores in self._position_scores(inputs):
+        return self._drawn(inputs, self._position_scores(inputs))
+
+    def _drawn(
+        self, inputs: Any, batches: Iterable[tuple[NDArray[np.intp], NDArray[Any]]]
+    ) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Draw maps of scores of positions."""
+        for index, scores in batches:
             for i, found in zip(index, self._refined(scores), strict=True):
                 yield int(i), fit_size(found, inputs.size(i))
 

@@ -6,18 +6,15 @@ import copy
 import os
 from collections.abc import Iterable, Iterator
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import distance_transform_edt
 from sklearn.base import BaseEstimator, _fit_context
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
-from torch.nn import functional as F
 
 from ..backbones import Backbone
 from ..base import (
@@ -27,9 +24,17 @@ from ..base import (
     seeded_clone,
 )
 from ..frozen import fingerprint
-from ..inference import Arrays, Features, Outputs, PassOutputs, Tap, to_tensor
-from ..inputs import Vectors, chunks
+from ..inference import Arrays, Features, Outputs, PassOutputs, Tap
+from ..inputs import (
+    Tiles,
+    Vectors,
+    cells_covered,
+    chunks,
+    read_region,
+    resized_mask,
+)
 from ..scorers._base import HeldOutScores, row_digests
+from . import _tiles
 from ._base import N_STAGES, BackboneDetector, TrainingSamples, find_related
 from ._maps import AnomalyMapMixin
 from ._patch_density import (
@@ -39,6 +44,7 @@ from ._patch_density import (
     PatchGaussian,
     PatchMemory,
     PatchOutliers,
+    patch_maps,
 )
 
 STRIDES = (8, 16)  # pixels from one position to the next, at the default stages
@@ -126,6 +132,14 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
     mask : array-like of shape (height, width), or path, default=None
         Where to look: positions of which less than half is nonzero take no part in
         `fit` and scores, and maps are 0 where the mask is. It is resized to the images.
+    tile_size : int or (int, int), default=None
+        For large images: height and width in pixels of tiles that images of any size
+        are cut into, without padding; a shorter side is one tile. Each is resized to
+        `image_size`. Images are scored by the positions of all their tiles;
+        `positions` and `scale_positions` mean those in a tile. None: nothing is cut.
+    tile_overlap : float, default=0.25
+        Share of a tile's side, at least, that it has in common with its neighbour, in
+        [0, 1). Maps are blended there.
     max_cache_bytes : int, default=2**30
         The maps of the training images are kept in memory if they take no more than
         this, and computed again otherwise, twice. Scores are the same.
@@ -184,6 +198,8 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
     share: float = 0.02
     scale_positions: bool = True
     mask: Any = None
+    tile_size: int | tuple[int, int] | None = None
+    tile_overlap: float = 0.25
     max_cache_bytes: int = 2**30
 
     _saved: ClassVar = {
@@ -207,6 +223,8 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
         "share": [Interval(Real, 0, 1, closed="right")],
         "scale_positions": ["boolean"],
         "mask": ["array-like", str, os.PathLike, None],
+        "tile_size": [Interval(Integral, 1, None, closed="left"), tuple, list, None],
+        "tile_overlap": [Interval(Real, 0, 1, closed="left")],
         "max_cache_bytes": [Interval(Integral, 0, None, closed="left")],
     }
 
@@ -281,14 +299,13 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
             raise ValueError(f"pooling={self.pooling} must be odd, such as 3.")
         if self.aggregation == "reweighted" and not has_memory(self):
             raise ValueError("aggregation='reweighted' needs scorer='memory'.")
+        self._tile = _tiles.check_tiles(self)
         front = self._front()
         _, *raster = (*front.shapes(front.sample_shape(inputs))[0], 1, 1)[:3]
-        self._mask = None if self.mask is None else self._read_mask()
+        self._mask = None if self.mask is None else read_region(self.mask, self)
         self._cells = np.ones(raster, dtype=bool)
-        if self._mask is not None:
-            covered = torch.from_numpy(self._mask).float()[None, None]
-            covered = F.interpolate(covered, tuple(raster), mode="area")
-            self._cells = (covered[0, 0] >= 0.5).numpy()
+        if self._mask is not None and self._tile is None:
+            self._cells = cells_covered(self._mask, (raster[0], raster[1]))
             if not self._cells.any():
                 raise ValueError(
                     f"mask leaves none of the {raster[0]} x {raster[1]} positions: "
@@ -308,21 +325,17 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
             detector = seeded_clone(self.scorer, rng)
             self._density = PatchOutliers(detector, self.n_patches, draw_seed(rng))
 
-    def _read_mask(self) -> NDArray[np.bool_]:
-        if self.backbone_.vectors:
-            raise ValueError("mask is for images; X holds vectors.")
-        mask: Any = self.mask
-        if isinstance(mask, str | os.PathLike):
-            from PIL import Image
+    def _settle_size(self, shape: tuple[int, ...] | None) -> tuple[int, int]:
+        if self.image_size or self.backbone_.input_size or self.tile_size is None:
+            return super()._settle_size(shape)
+        return _tiles.check_tile_size(self.tile_size)
 
-            with Image.open(Path(mask)) as image:
-                mask = image.convert("L")
-        found = np.asarray(mask) != 0
-        if found.ndim != 2:
-            raise ValueError(
-                f"mask has shape {found.shape}; it must be (height, width)."
-            )
-        return found
+    def _cut(self, inputs: Any) -> Any:
+        """Give what passes the network: images, or their tiles."""
+        if self._tile is None:
+            return inputs
+        raster: Any = self._cells.shape
+        return Tiles(inputs, self._tile, self.tile_overlap, raster, self._mask)
 
     # ------------------------------------------------------------------ learning
 
@@ -338,45 +351,54 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
 
         Those of a later part of a stream (`rng` is None) are put in folds by content.
         """
-        outputs = PassOutputs(self._front(), samples.inputs, self.max_cache_bytes)
-        n = len(samples.inputs)
-        digests = np.zeros(n, dtype=np.uint64)
-        means = np.full((n, len(self._channels)), np.nan, np.float32)
-        batches = self._run(outputs.front, samples.inputs, fitting=True)
+        inputs, n = self._cut(samples.inputs), len(samples.inputs)
+        owner = _tiles.owners(inputs)  # the image of each row
+        outputs = PassOutputs(self._front(), inputs, self.max_cache_bytes)
+        digests = np.zeros(len(inputs), dtype=np.uint64)
+        means = np.full((len(inputs), len(self._channels)), np.nan, np.float32)
+        batches = self._run(outputs.front, inputs, fitting=True)
         for index, patches in self._embed(outputs.keep(batches)):
             digests[index] = row_digests(patches)
             means[index] = patches.mean(axis=1)
-        rows = np.flatnonzero(~np.isnan(means).any(axis=1))
-        self._check_enough(len(rows), 1 if rng is None else 3)
+        digests, means = _tiles.of_images(digests, means, owner, n)
+        images = np.flatnonzero(~np.isnan(means).any(axis=1))
+        self._check_enough(len(images), 1 if rng is None else 3)
         folds = (digests % N_FOLDS).astype(np.intp)
         if rng is not None:
-            related = find_related(samples.groups_of(rows), means[rows], digests[rows])
+            groups = samples.groups_of(images)
+            related = find_related(groups, means[images], digests[images])
             _, number = np.unique(related, return_inverse=True)
-            folds[rows] = (rng.permutation(number.max() + 1) % N_FOLDS)[number]
+            folds[images] = (rng.permutation(number.max() + 1) % N_FOLDS)[number]
+        rows = np.flatnonzero(np.isin(owner, images))
+        fold_of_row = folds[owner]
         for index, patches in self._again(outputs, rows):
-            self._density.absorb(patches, folds[index])
-        at_positions = np.full((n, self._cells.sum()), np.nan, np.float32)
+            part = _tiles.inside(inputs, index, patches, fold_of_row[index])
+            self._density.absorb(*part)
+        at_positions = np.full((len(inputs), self._cells.sum()), np.nan, np.float32)
         scores = np.full(n, np.nan)
-        for fold in np.unique(folds[rows]):
+        for fold in np.unique(folds[images]):
             self._density.settle(without=int(fold))
-            for index, patches in self._again(outputs, rows[folds[rows] == fold]):
+            for index, patches in self._again(outputs, rows[fold_of_row[rows] == fold]):
                 at_positions[index] = self._density.score(patches)
                 if self.aggregation == "reweighted":
                     scores[index] = self._score(patches)
         self._density.finish()
-        self._settle_scale(at_positions[rows])
+        at_positions = _tiles.hidden(inputs, rows, at_positions[rows])
+        self._settle_scale(at_positions, len(images))
+        at_positions = at_positions / self._scale
         if self.aggregation != "reweighted":
-            scores[rows] = -self._aggregate(at_positions[rows] / self._scale)
-        peaks = self._peaks_of(at_positions[rows] / self._scale)
-        return digests[rows], scores[rows], peaks
+            for index, found in _tiles.by_count(at_positions, owner[rows]):
+                scores[index] = -self._aggregate(found)
+        peaks = self._peaks_of(inputs, rows, at_positions)
+        return digests[images], scores[images], peaks
 
-    def _settle_scale(self, at_positions: NDArray[np.float32]) -> None:
+    def _settle_scale(self, at_positions: NDArray[np.float32], n: int) -> None:
         """Learn what held-out scores are at each position, as the mean of all parts."""
-        mean: NDArray[np.float64] = at_positions.mean(axis=0, dtype=np.float64)
+        mean = _tiles.mean_of_positions(at_positions)
         if self.n_samples_seen_:
-            share = len(at_positions) / (self.n_samples_seen_ + len(at_positions))
+            share = n / (self.n_samples_seen_ + n)
             mean = share * mean + (1 - share) * self._typical
-        self.n_samples_seen_ += len(at_positions)
+        self.n_samples_seen_ += n
         self._typical: NDArray[np.float64] = mean
 
     @property
@@ -387,12 +409,20 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
             return 1.0
         return np.maximum(self._typical, least)
 
-    def _peaks_of(self, at_positions: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Give the maxima of maps."""
+    def _peaks_of(
+        self, inputs: Any, rows: NDArray[np.intp], at_positions: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Give the maxima of maps of images, by the scores of rows."""
         if self.backbone_.vectors:
             return np.full(len(at_positions), np.nan)
         blocks = np.array_split(at_positions, -(-len(at_positions) // self.batch_size))
-        maps = (self._inside(self._refined(self._on_raster(b))) for b in blocks)
+        rasters = map(self._on_raster, blocks)
+        if isinstance(inputs, Tiles):
+            of_block = np.array_split(rows, len(blocks))
+            drawn = self._drawn(inputs, zip(of_block, rasters, strict=True))
+            peaks = [self._inside(m).max() for _, m in _tiles.blend(drawn, inputs)]
+            return np.array(peaks, dtype=np.float64)
+        maps = (self._inside(self._refined(raster)) for raster in rasters)
         return np.concatenate([m.max(axis=(1, 2)) for m in maps]).astype(np.float64)
 
     def _again(
@@ -509,7 +539,7 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
         return (
             *(fingerprint(self.backbone_), self.stages_, self.image_size_),
             *(self.pooling, self.metric, self._channels.tobytes()),
-            *(self._cells.shape, self._cells.tobytes()),
+            *(self._cells.shape, self._cells.tobytes(), self._tile),
         )
 
     # ------------------------------------------------------------------ scoring
@@ -530,7 +560,20 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
         self, inputs: Any
     ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
         for index, patches in self._features(inputs):
-            yield index, self._on_raster(self._density.score(patches) / self._scale)
+            yield index, self._on_raster(self._scores_of(inputs, index, patches))
+
+    def _scores_of(
+        self, inputs: Any, index: NDArray[np.intp], patches: Patches
+    ) -> NDArray[np.float64]:
+        return _tiles.hidden(inputs, index, self._density.score(patches) / self._scale)
+
+    def score_samples(self, X: Any) -> NDArray[np.float64]:
+        """Score images; the higher, the more normal."""
+        if getattr(self, "_tile", None) is None:
+            return super().score_samples(X)
+        inputs = self._check_inputs(X)
+        digests, scores = _tiles.score_images(self, self._cut(inputs), len(inputs))
+        return np.asarray(self._held_out.recall(digests, scores))  # type: ignore[union-attr]
 
     def _on_raster(self, scores: NDArray[np.float64]) -> NDArray[np.float32]:
         """Put scores of positions in place; outside the mask, those of the nearest."""
@@ -540,48 +583,17 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
                 ~self._cells, return_distances=False, return_indices=True
             )
             nearest = nearest[rows, columns]
-        return scores[:, nearest].astype(np.float32)
+        return _tiles.fill(scores[:, nearest].astype(np.float32))
 
     def _maps(self, inputs: Any) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        return ((i, self._inside(found)) for i, found in super()._maps(inputs))
+        rows = self._cut(inputs)
+        maps = super()._maps(rows)
+        maps = _tiles.blend(maps, rows) if isinstance(rows, Tiles) else maps
+        return ((i, self._inside(found)) for i, found in maps)
 
     def _inside(self, maps: NDArray[np.float32]) -> NDArray[np.float32]:
         """Make maps 0 outside the mask."""
         if self._mask is None:
             return maps
-        mask = torch.from_numpy(self._mask).float()[None, None]
-        at_size = F.interpolate(mask, maps.shape[-2:], mode="nearest")[0, 0].numpy()
-        return maps * at_size
-
-
-def patch_maps(arrays: Arrays, pooling: int, unit: bool = False) -> torch.Tensor:
-    """Put maps of several stages on the raster of the first, neighbourhoods averaged.
-
-    Beyond the margin they count as 0. So features there, which are odd because the
-    network has padded the image, count less.
-
-    Parameters
-    ----------
-    arrays : list of ndarray
-        What a pass gives for some images, a map of each stage.
-    pooling : int
-        Side of the neighbourhood.
-    unit : bool, default=False
-        Whether the features of each stage are brought to unit length.
-
-    Returns
-    -------
-    Tensor of shape (n, n_channels, height, width)
-        In float32.
-    """
-    maps = [to_tensor(array).float() for array in arrays]
-    maps = [m.transpose(1, 2)[..., None] if m.ndim == 3 else m for m in maps]
-    maps = [m[..., None, None] if m.ndim == 2 else m for m in maps]
-    if pooling > 1:
-        maps = [F.avg_pool2d(m, pooling, 1, pooling // 2) for m in maps]
-    size = maps[0].shape[2:]
-    maps = [
-        m if m.shape[2:] == size else F.interpolate(m, size, mode="bilinear")
-        for m in maps
-    ]
-    return torch.cat([F.normalize(m) if unit else m for m in maps], dim=1)
+        size: Any = maps.shape[-2:]
+        return maps * resized_mask(self._mask, size)

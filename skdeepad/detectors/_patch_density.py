@@ -1,7 +1,8 @@
-"""Densities of patches: a memory, Gaussians, or any outlier detector.
+"""Patches of images, and densities of them: a memory, Gaussians, any outlier detector.
 
-Each is given the patches of training images part by part, with the fold that an image
-is in, and can be settled without one of the folds, whose images are then new to it.
+Each density is given the patches of training images part by part, with the fold that an
+image is in, and can be settled without one of the folds, whose images are then new to
+it.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 from sklearn.base import BaseEstimator, clone
+from torch.nn import functional as F
 
+from ..inference import Arrays, to_tensor
 from ..scorers._base import center_and_scale, centred
 from ..scorers._coreset import Coreset
 
@@ -21,6 +25,39 @@ Patches = NDArray[np.float32]  # of shape (n_images, n_positions, n_features)
 N_FOLDS = 5
 N_REWEIGHTED = 9  # neighbours of the nearest row in Eq. 7, as anomalib has it
 RIDGE = 0.01  # on the diagonal of covariances: section III-B of PaDiM
+
+
+def patch_maps(arrays: Arrays, pooling: int, unit: bool = False) -> torch.Tensor:
+    """Put maps of several stages on the raster of the first, neighbourhoods averaged.
+
+    Beyond the margin they count as 0. So features there, which are odd because the
+    network has padded the image, count less.
+
+    Parameters
+    ----------
+    arrays : list of ndarray
+        What a pass gives for some images, a map of each stage.
+    pooling : int
+        Side of the neighbourhood.
+    unit : bool, default=False
+        Whether the features of each stage are brought to unit length.
+
+    Returns
+    -------
+    Tensor of shape (n, n_channels, height, width)
+        In float32.
+    """
+    maps = [to_tensor(array).float() for array in arrays]
+    maps = [m.transpose(1, 2)[..., None] if m.ndim == 3 else m for m in maps]
+    maps = [m[..., None, None] if m.ndim == 2 else m for m in maps]
+    if pooling > 1:
+        maps = [F.avg_pool2d(m, pooling, 1, pooling // 2) for m in maps]
+    size = maps[0].shape[2:]
+    maps = [
+        m if m.shape[2:] == size else F.interpolate(m, size, mode="bilinear")
+        for m in maps
+    ]
+    return torch.cat([F.normalize(m) if unit else m for m in maps], dim=1)
 
 
 class PatchDensity:

@@ -3,8 +3,9 @@
 from ._batches import Batch, load_batches
 from ._inputs import check_inputs, check_size, open_inputs
 from ._items import ImageItems
-from ._masks import read_mask
+from ._masks import cells_covered, read_mask, read_region, resized_mask
 from ._samples import ImagePaths, Images, Vectors, chunks
+from ._tiles import Tiles
 from ._warnings import warn_of_dark_images, warn_of_flat_images
 
 __all__ = [
@@ -12,13 +13,17 @@ __all__ = [
     "ImageItems",
     "ImagePaths",
     "Images",
+    "Tiles",
     "Vectors",
+    "cells_covered",
     "check_inputs",
     "check_size",
     "chunks",
     "load_batches",
     "open_inputs",
     "read_mask",
+    "read_region",
+    "resized_mask",
     "warn_of_dark_images",
     "warn_of_flat_images",
 ]

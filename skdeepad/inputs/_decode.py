@@ -50,6 +50,29 @@ def read_image(
     ValueError
         If its pixels are no numbers of an image.
     """
+    image, limit = _open(path)
+
+    def rows(top: int, bottom: int) -> Tensor:
+        whole = (top, bottom) == (0, image.height)
+        strip = image if whole else image.crop((0, top, image.width, bottom))
+        pixels = pixels_to_tensor(*_pixels(strip, limit, white))
+        return fit_channels(pixels, channels)[None]
+
+    return resize_rows(rows, 1, (image.height, image.width), size)[0]
+
+
+def decode(
+    path: str | os.PathLike[str], white: float | None = None
+) -> tuple[np.ndarray, float]:
+    """Read an image file as it is: (height, width[, channels]), and what white is.
+
+    Errors are those of `read_image`.
+    """
+    return _pixels(*_open(path), white)
+
+
+def _open(path: str | os.PathLike[str]) -> tuple[Any, float]:
+    """Read a file; give Pillow's image, upright, and the white of its mode "I"."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
@@ -64,18 +87,12 @@ def read_image(
     ) as error:
         raise OSError(str(error)) from error
     # Pillow gives 16 bits as 32 from these formats, by its version
-    limit = WHITE_16 if image.format in ("PNG", "PPM") else 255.0
+    return image, WHITE_16 if image.format in ("PNG", "PPM") else 255.0
 
-    def rows(top: int, bottom: int) -> Tensor:
-        whole = (top, bottom) == (0, image.height)
-        strip = image if whole else image.crop((0, top, image.width, bottom))
-        found, brightest = to_pixels(strip, limit)
-        if white is not None and brightest == WHITE_16:
-            brightest = white
-        pixels = pixels_to_tensor(found, brightest)
-        return fit_channels(pixels, channels)[None]
 
-    return resize_rows(rows, 1, (image.height, image.width), size)[0]
+def _pixels(image: Any, limit: float, white: float | None) -> tuple[np.ndarray, float]:
+    pixels, brightest = to_pixels(image, limit)
+    return pixels, white if white is not None and brightest == WHITE_16 else brightest
 
 
 def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checks import is_tensor, shorten, to_array
-from ._decode import fit_channels, read_image, to_pixels
+from ._decode import fit_channels, image_size, read_image, to_pixels
 from ._samples import (
     ImagePaths,
     Images,
@@ -20,6 +20,7 @@ from ._samples import (
     channels_first,
     check_pixels,
     file_digest,
+    open_image,
 )
 
 IMAGE_COLUMNS = ("image", "img", "path", "file")
@@ -69,10 +70,15 @@ class ImageItems(ImagePaths):
             return read_image(image, size, channels, self.white)
         return fit_channels(image.batch(np.array([0]), size, channels)[0], channels)
 
+    def open(self, i: int) -> Images:
+        """Fetch one image, of which parts are wanted."""
+        image = self._get(i)
+        return image if isinstance(image, Images) else open_image(image, self.white)
+
     def size(self, i: int) -> tuple[int, int]:
         """Give the height and width of an image."""
-        height, width = self.read(i, None, None).shape[-2:]
-        return height, width
+        image = self._get(i)
+        return image.size(0) if isinstance(image, Images) else image_size(image)
 
     def digest(self, i: int) -> bytes:
         """Name an image by its content, as an array or a file of it is named."""

@@ -60,3 +60,34 @@ def read_mask(mask: Any, size: tuple[int, int], name: str = "mask") -> NDArray[A
             "resizing it, for example mask > 127."
         )
     return array > 0
+
+
+def read_region(mask: Any, estimator: Any) -> NDArray[np.bool_]:
+    """Read an estimator's `mask`, nonzero where to look: an array, or a path of one."""
+    if estimator.backbone_.vectors:
+        raise ValueError("mask is for images; X holds vectors.")
+    if isinstance(mask, str | os.PathLike):
+        from PIL import Image
+
+        with Image.open(mask) as image:
+            mask = image.convert("L")
+    found = np.asarray(mask) != 0
+    if found.ndim != 2:
+        raise ValueError(f"mask has shape {found.shape}; it must be (height, width).")
+    return found
+
+
+def resized_mask(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Bring a mask to the size of an image (nearest neighbour)."""
+    values = torch.from_numpy(mask.astype(np.uint8))[None, None]
+    resized = F.interpolate(values, size, mode="nearest")
+    return resized[0, 0].numpy().astype(bool)
+
+
+def cells_covered(
+    mask: NDArray[np.bool_], raster: tuple[int, int]
+) -> NDArray[np.bool_]:
+    """Tell which cells of a raster over an image a mask covers by half at least."""
+    values = torch.from_numpy(mask.astype(np.float32))[None, None]
+    covered = F.interpolate(values, raster, mode="area")
+    return (covered[0, 0] >= 0.5).numpy()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checks import shorten
-from ._decode import WHITE_16, fit_channels, image_size, read_image, resize_rows
+from ._decode import WHITE_16, decode, fit_channels, image_size, read_image, resize_rows
 
 Shape = tuple[int, ...]
 N_NAMED = 200  # characters of names in an error
@@ -52,7 +52,7 @@ class Vectors:
 
     def digest(self, i: int) -> bytes:
         """Name a sample by its content."""
-        return _digest(self.kind + self.rows[i].tobytes())
+        return named_by(self.kind + self.rows[i].tobytes())
 
 
 class Images(Vectors):
@@ -75,6 +75,10 @@ class Images(Vectors):
         """Give the height and width of an image."""
         height, width = self.rows.shape[2:]
         return height, width
+
+    def open(self, i: int) -> Images:
+        """Give one image."""
+        return Images(self.rows[i : i + 1], self.white)
 
     def batch(
         self,
@@ -138,20 +142,40 @@ class ImagePaths(Vectors):
         self, i: int, size: tuple[int, int] | None, channels: int | None
     ) -> Tensor:
         """Read, resize and return the image of one path, without batch axis."""
+        return read_image(self._path(i), size, channels, self.white)
+
+    def open(self, i: int) -> Images:
+        """Decode one image, of which parts are wanted."""
+        return open_image(self._path(i), self.white)
+
+    def _path(self, i: int) -> Any:
         path = self.rows[i]
         if not isinstance(path, str | os.PathLike):
             raise ValueError(f"{shorten(repr(path), 60)} is no path")
-        return read_image(path, size, channels, self.white)
+        return path
 
     def size(self, i: int) -> tuple[int, int]:
         """Give the height and width of an image."""
         return image_size(self.rows[i])
 
+    def of_images(self, failed: dict[int, str]) -> tuple[Any, dict[int, str]]:
+        """Give the images, and those that cannot be read: of tiles, their images."""
+        return self, failed
+
     def digest(self, i: int) -> bytes:
         """Name a file by its path, size and times of change, without reading it."""
         if not isinstance(self.rows[i], str | os.PathLike):  # reading it will tell
-            return _digest(repr(self.rows[i]).encode())
+            return named_by(repr(self.rows[i]).encode())
         return file_digest(self.rows[i], self.white)
+
+
+def open_image(path: Any, white: float | None) -> Images:
+    """Decode an image file as an array."""
+    pixels, brightest = decode(path, white)
+    if pixels.dtype.kind == "f":  # resampling may have overshot a little
+        pixels = pixels.clip(0, 1)
+    rows = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
+    return Images(rows[None], brightest)
 
 
 def file_digest(path: str | os.PathLike[str], white: float | None) -> bytes:
@@ -161,13 +185,14 @@ def file_digest(path: str | os.PathLike[str], white: float | None) -> bytes:
     try:
         stat = os.stat(path)
     except OSError:  # gone since X was checked: reading it will tell
-        return _digest(key.encode())
+        return named_by(key.encode())
     # who replaces a file can set its mtime, but not its ctime
     times = f"{stat.st_mtime_ns}\0{stat.st_ctime_ns}"
-    return _digest(f"{key}\0{stat.st_size}\0{times}".encode())
+    return named_by(f"{key}\0{stat.st_size}\0{times}".encode())
 
 
-def _digest(content: bytes) -> bytes:
+def named_by(content: bytes) -> bytes:
+    """Name a sample by its content."""
     return blake2b(content, digest_size=16).digest()
 
 

@@ -1,0 +1,134 @@
+"""Which default for images: patches, whole images, or both.
+
+    python benchmarks/image_default.py textures [--draws 3]
+    python benchmarks/image_default.py fashion-mnist [--n-train 1000] [--n-test 200]
+
+"textures": small defects, the draws of `defects.py`. "fashion-mnist": each class in
+turn is normal, as in `one_vs_rest.py`, but with the first `--n-train` training images
+of the class and the first `--n-test` test images of each: patches take their time. The
+members of `DetectorEnsemble()` are fitted once, and judged alone as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from _common import environment, write_json
+from one_vs_rest import DETECTORS, load_tasks
+
+from skdeepad import DetectorEnsemble, MahalanobisFeatureScorer
+from skdeepad.datasets import make_texture_defects
+from skdeepad.metrics import anomaly_roc_auc_score
+
+WHOLE = {
+    "MahalanobisFeatureScorer": lambda: MahalanobisFeatureScorer(image_size=112),
+    "two whole views": lambda: DETECTORS["ensemble"](image_size=160),
+}
+
+
+def textures(options: argparse.Namespace) -> Iterator[tuple[str, Any, Any, Any]]:
+    """Give the draws of `defects.py`."""
+    for texture in ("brick", "grass", "gravel"):
+        for draw in range(options.draws):
+            data = make_texture_defects(
+                texture,
+                n_train=150,
+                n_test_good=60,
+                n_test_defective=60,
+                split="halves",
+                random_state=500 + draw,
+            )
+            yield f"{texture} {draw}", data.X_train, data.X_test, data.y_test
+
+
+def fashion_mnist(options: argparse.Namespace) -> Iterator[tuple[str, Any, Any, Any]]:
+    """Give each class against the others."""
+    tasks = list(load_tasks("fashion-mnist", None, None, False))
+    labels = [y for *_, y in tasks]
+    some = np.concatenate([np.flatnonzero(y == 1)[: options.n_test] for y in labels])
+    for _, name, X_train, X_test, y_test in tasks:
+        yield name, X_train[: options.n_train], X_test[some], y_test[some]
+
+
+def judge(y: Any, scores: Any, offset: float, times: tuple[float, ...]) -> Any:
+    """Give the figures of one detector."""
+    return {
+        "auroc": 100 * anomaly_roc_auc_score(y, scores),
+        "false_alarms": 100 * float(np.mean(scores[y == 1] < offset)),
+        "found": 100 * float(np.mean(scores[y == -1] < offset)),
+        **dict(zip(("fit_s", "score_s"), times, strict=True)),
+    }
+
+
+def timed(function: Any, *arguments: Any) -> tuple[Any, float]:
+    """Call a function, and say how long it took."""
+    start = time.perf_counter()
+    return function(*arguments), time.perf_counter() - start
+
+
+def measure(X_train: Any, X_test: Any, y: Any) -> dict[str, Any]:
+    """Judge all detectors on one task."""
+    both, rows, columns, total = DetectorEnsemble(), {}, [], [0.0, 0.0]
+    for name, member in both._members(X_train):
+        fitted, fit_s = timed(member.fit, X_train)
+        scores, score_s = timed(fitted.score_samples, X_test)
+        offset = getattr(fitted, "offset_", None) or fitted[-1].offset_
+        rows[name] = judge(y, scores, offset, (fit_s, score_s))
+        columns.append((fitted.score_samples(X_train), scores))
+        total = [total[0] + fit_s, total[1] + score_s]
+    held_out, new = (np.column_stack(parts) for parts in zip(*columns, strict=True))
+    both._names, both._largest = list(rows), True
+    both.training_scores_ = np.sort(held_out, axis=0)
+    both._set_offset(both._combine(held_out))
+    rows["DetectorEnsemble()"] = judge(
+        y, both._combine(new), both.offset_, tuple(total)
+    )
+    for name, make in WHOLE.items():
+        detector, fit_s = timed(make().fit, X_train)
+        scores, score_s = timed(detector.score_samples, X_test)
+        rows[name] = judge(y, scores, detector.offset_, (fit_s, score_s))
+    return rows
+
+
+def main() -> None:
+    """Measure, print the table, and write it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("task", choices=("textures", "fashion-mnist"))
+    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--n-train", type=int, default=1000)
+    parser.add_argument("--n-test", type=int, default=200)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    tasks = {"textures": textures, "fashion-mnist": fashion_mnist}[options.task]
+    told, found = environment(), {}
+    for name, *task in tasks(options):
+        found[name] = measure(*task)
+        for detector, row in found[name].items():
+            print(
+                f"{name:12}{detector:26}",
+                *(f"{v:8.1f}" for v in row.values()),
+                flush=True,
+            )
+    means = {
+        detector: {
+            key: float(np.mean([rows[detector][key] for rows in found.values()]))
+            for key in figures
+        }
+        for detector, figures in next(iter(found.values())).items()
+    }
+    print("\n| | " + " | ".join(next(iter(means.values()))) + " |")
+    for detector, row in means.items():
+        print(f"| {detector} | " + " | ".join(f"{v:.2f}" for v in row.values()) + " |")
+    content = {"environment": told, **vars(options), "mean": means, "tasks": found}
+    write_json(f"image_default-{options.task}", content)
+
+
+if __name__ == "__main__":
+    main()
