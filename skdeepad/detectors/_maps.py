@@ -50,7 +50,7 @@ class AnomalyMapMixin(AnomalyDetector, BackboneEstimator):
     ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
         """Give positions in X, and scores of shape (n, height, width), by batches.
 
-        Scores are 0 at least, higher = more anomalous, on a raster of any size.
+        Higher = more anomalous, on a raster of any size.
         """
         raise NotImplementedError
 
