@@ -127,7 +127,7 @@ estimator, default="ledoit_wolf"
             warn_of_copies(features, digests)
         self._finish(digests, held_out)
         self._map_peaks = np.empty(0)
-        self._add_peaks(samples.inputs.take(readable), features)
+        self._add_peaks(samples.inputs, np.flatnonzero(readable), features)
 
     @available_if(can_update)
     @keep_state_on_error
@@ -155,8 +155,8 @@ estimator, default="ledoit_wolf"
         first = not hasattr(self, "_gaussians")
         inputs = self._fit_inputs(X) if first else self._check_inputs(X)
         normal = known_normal(y, len(inputs))
-        inputs = inputs.take(normal)
-        features, readable = self._training_features(inputs)
+        rows = np.flatnonzero(normal)
+        features, readable = self._training_features(inputs.take(rows))
         self._check_enough(len(features), 3 if first else 1)
         digests = row_digests(features)
         if first:
@@ -167,7 +167,7 @@ estimator, default="ledoit_wolf"
         for gaussian, part in self._by_part(features):
             gaussian._absorb(part, digests)
         self._finish_parts()
-        self._add_peaks(inputs.take(readable), features)
+        self._add_peaks(inputs, rows[readable], features)
         return self
 
     @available_if(can_update)
@@ -258,7 +258,9 @@ estimator, default="ledoit_wolf"
         self._set_threshold(digests, scores)
         return self
 
-    def _add_peaks(self, inputs: Vectors, features: NDArray[np.float32]) -> None:
+    def _add_peaks(
+        self, inputs: Vectors, rows: NDArray[np.intp], features: NDArray[np.float32]
+    ) -> None:
         """Set the threshold on maps, by these images where there are too few yet."""
         before: NDArray[np.float64] = getattr(self, "_map_peaks", np.empty(0))
         wanted = MIN_HELD_OUT - len(before)
@@ -274,7 +276,8 @@ estimator, default="ledoit_wolf"
             stretch = np.where(
                 seen == 0, 1, unseen[some] / np.where(seen == 0, 1, seen)
             )
-            peaks = [stretch[i] * m.max() for i, m in self._maps(inputs.take(some))]
+            maps = self._maps(inputs.take(rows[some]))
+            peaks = [stretch[i] * found.max() for i, found in maps]
             self._map_peaks = np.append(before, peaks)
         self._settle_map_offset()
 

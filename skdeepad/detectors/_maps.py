@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from numbers import Real
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +14,19 @@ from ..base import AnomalyDetector, threshold_below
 from ..features import BackboneEstimator
 from ..inputs import ImagePaths
 from ..localization import fit_size, refine, regions_above
+from ..parameters import ParametersMixin
 
 
-class AnomalyMapMixin(AnomalyDetector, BackboneEstimator):
+if TYPE_CHECKING:
+
+    class Detector(AnomalyDetector, BackboneEstimator):
+        """What the mixin is mixed into."""
+
+else:  # with those as bases, their defaults would hide those of a detector's bases
+    Detector = ParametersMixin
+
+
+class AnomalyMapMixin(Detector):
     """Maps of images, for detectors that score positions.
 
     A subclass defines ``_position_scores(inputs)``.
@@ -57,6 +67,11 @@ class AnomalyMapMixin(AnomalyDetector, BackboneEstimator):
     def anomaly_map(self, X: Any) -> Any:
         """Show where in images the anomaly is.
 
+        Parameters
+        ----------
+        X : array-like or sequence of paths
+            Images, in any form that `fit` takes.
+
         Returns
         -------
         ndarray of float32, shape (n_samples, height, width)
@@ -81,6 +96,11 @@ class AnomalyMapMixin(AnomalyDetector, BackboneEstimator):
 
     def locate(self, X: Any) -> Any:
         """List the regions of anomalous images where the map exceeds `map_offset_`.
+
+        Parameters
+        ----------
+        X : array-like or sequence of paths
+            Images, in any form that `fit` takes.
 
         Returns
         -------
@@ -122,8 +142,8 @@ class AnomalyMapMixin(AnomalyDetector, BackboneEstimator):
         if np.isnan(level):
             raise ValueError(
                 "No threshold was learnt for these maps (map_offset_ is NaN), so there "
-                "are no regions to list. Use anomaly_map, or fit a detector whose "
-                "map_offset_ is a number, such as KDClonerEstimator() by default."
+                "are no regions to list. Use anomaly_map, or a detector whose "
+                "map_offset_ is a number, such as PatchDetector()."
             )
         scores = self.score_samples(X)
         of_images: dict[str, Any] = {

@@ -175,6 +175,17 @@ class PositionShares(AnomalyMapMixin):
             some = np.arange(len(held_out))[:: -(-len(held_out) // MIN_HELD_OUT)]
             self._learn_map_offset(held_out.take(some))
 
+    def locate(self, X: Any) -> Any:
+        """List the regions of anomalous images where the map exceeds `map_offset_`.
+
+        Raises
+        ------
+        ValueError
+            If the detector has no maps, or has learnt no threshold for them, as
+            detectors of older versions: call `recalibrate` with good images.
+        """
+        return super().locate(X)
+
     def _recalibrate(self, X_good: Any) -> None:
         super()._recalibrate(X_good)
         # of files of versions that had no maps
