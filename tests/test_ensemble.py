@@ -24,6 +24,7 @@ from skdeepad import (
     MahalanobisFeatureScorer,
     OneClassKFold,
     PANDAEstimator,
+    PatchDetector,
 )
 from skdeepad.inference import FeaturePass
 from skdeepad.metrics import anomaly_roc_auc_score
@@ -304,3 +305,31 @@ def test_two_views_are_the_default(textures):
     vectors = DetectorEnsemble().fit(X)
     assert list(vectors.named_estimators_) == ["cosine", "whitened"]
     assert vectors.n_features_in_ == 4
+
+
+# maps
+
+
+def test_maps_of_members_over_their_thresholds(textures):
+    options = {"image_size": 32, "random_state": 0}
+    members = [
+        ("patches", PatchDetector(**options)),
+        ("whole", MahalanobisFeatureScorer(stages="stage2", **options)),
+    ]
+    ensemble = DetectorEnsemble(members, weights=[3, 1]).fit(textures.X_train)
+    patches, whole = ensemble.estimators_
+    maps = [m.anomaly_map(textures.X_test) / m.map_offset_ for m in (patches, whole)]
+    expected = 0.75 * maps[0] + 0.25 * maps[1]
+    found = ensemble.anomaly_map(textures.X_test)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert ensemble.map_offset_ == 1
+    whole.map_offset_ = np.nan
+    with pytest.raises(ValueError, match="'whole' have the threshold nan"):
+        ensemble.anomaly_map(textures.X_test)
+
+
+def test_there_are_no_maps_without_those_of_all_members():
+    ensemble = DetectorEnsemble(MEMBERS).fit(X)
+    assert np.isnan(ensemble.map_offset_)
+    assert not hasattr(ensemble, "anomaly_map")
+    assert not hasattr(DetectorEnsemble(), "anomaly_map")

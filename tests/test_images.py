@@ -228,6 +228,20 @@ def test_order_and_subset_do_not_matter(case):
     assert_same(case.estimator, alone, case.output[[0, 5]])
 
 
+def test_maps_are_those_of_each_image(case):
+    if not hasattr(case.estimator, "anomaly_map"):
+        return
+    maps = case.estimator.anomaly_map(case.test)
+    assert maps.dtype == np.float32
+    assert maps.shape == (len(case.test), 32, 32)
+    assert np.isfinite(maps).all()
+    rounding = 1e-3 * np.abs(maps).max()
+    backwards = case.estimator.anomaly_map(case.test[::-1])
+    assert_allclose(backwards[::-1], maps, atol=rounding)
+    alone = [case.estimator.anomaly_map(case.test[i : i + 1])[0] for i in (0, 5)]
+    assert_allclose(alone, maps[[0, 5]], atol=rounding)
+
+
 def test_fitting_again_and_pickling_change_nothing(case):
     for again in (
         case.estimator,

@@ -376,3 +376,18 @@ def test_vectors_have_no_maps():
     assert np.isnan(detector.map_offset_)
     with pytest.raises(ValueError, match="Maps are for images"):
         detector.anomaly_map(RNG.normal(size=(2, 4)))
+
+
+@pytest.mark.parametrize("make", [mahalanobis, panda, hsc, sphere])
+def test_files_of_versions_without_maps_show_some(make):
+    detector = make().fit(X, Y)
+    maps, level = detector.anomaly_map(NEW), detector.map_offset_
+    for name in ("map_offset_", "_map_peaks", "sigma"):
+        del vars(detector)[name]
+    assert np.isfinite(detector.anomaly_map(NEW)).all()
+    assert_array_equal(detector.set_params(sigma=4.0).anomaly_map(NEW), maps)
+    with pytest.raises(ValueError, match="No threshold was learnt"):
+        detector.locate(NEW)
+    detector.recalibrate(X[:40])
+    assert detector.map_offset_ == pytest.approx(level, rel=0.8)
+    detector.locate(NEW)

@@ -16,7 +16,6 @@ from ..inputs import ImagePaths
 from ..localization import fit_size, refine, regions_above
 from ..parameters import ParametersMixin
 
-
 if TYPE_CHECKING:
 
     class Detector(AnomalyDetector, BackboneEstimator):
