@@ -44,8 +44,8 @@ from skdeepad import (
     MHRotDetector,
     MSADEstimator,
     PANDAEstimator,
-    RotNetDetector,
     PatchDetector,
+    RotNetDetector,
 )
 from skdeepad.datasets import load_cifar, load_fashion_mnist, load_image_folder
 from skdeepad.metrics import anomaly_roc_auc_score

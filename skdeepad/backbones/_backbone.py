@@ -333,6 +333,10 @@ class Versions(Backbone):
         self.input_size = input_shape[1:] if len(input_shape) == 3 else None
         self.vectors = len(input_shape) == 1
 
+    def routes(self) -> list[list[tuple[str, nn.Module]]]:
+        """Give each version's stages, by their names."""
+        return [list(version.named_children()) for version in self.stages.values()]
+
     def forward(self, x: Tensor) -> Tensor:
         """Give the features by each version, side by side."""
         outputs = [self.as_map(version(x)) for version in self.stages.values()]

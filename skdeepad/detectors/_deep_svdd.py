@@ -24,6 +24,7 @@ from ..inputs import Vectors, chunks
 from ..objectives import compactness, soft_boundary_loss
 from ..training import batchnorm_batches
 from ._base import TrainingSamples
+from ._shares import OutputShares
 from ._trained import ObjectiveDetector
 
 N_SPHERE_OUTPUTS = 32  # where the last layer of a network is not linear
@@ -40,7 +41,7 @@ def away_from_zero(center: NDArray[np.float32]) -> NDArray[np.float32]:
     )
 
 
-class SphereDetector(ObjectiveDetector):
+class SphereDetector(OutputShares, ObjectiveDetector):
     """Base of the detectors that draw images to a centre, with a network from scratch.
 
     The centre is where the untrained network has them on average. A network with
@@ -135,6 +136,7 @@ class SphereDetector(ObjectiveDetector):
         self.n_iter_ = len(self.loss_curve_)
         self._freeze_network()
         self._learn_threshold(self._scored_outputs(outputs, rows), held_out)
+        self._learn_maps(inputs.take(rows[held_out]))
 
     def _take_biases(self) -> None:
         """Take the biases from our networks; refuse others that have some."""
@@ -228,8 +230,8 @@ class SphereDetector(ObjectiveDetector):
     ) -> Iterator[Tensor]:
         raise NotImplementedError
 
-    def _score(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
-        return -self._squared(torch.from_numpy(features.astype(np.float64))).numpy()
+    def _anomaly(self, outputs: Tensor) -> Tensor:
+        return self._squared(outputs)
 
 
 class DeepSVDD(SphereDetector):
@@ -384,5 +386,5 @@ class DeepSVDD(SphereDetector):
                 self.radius_ = float(torch.quantile(distances, 1 - self.nu))
             yield loss
 
-    def _score(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
-        return super()._score(features) + self.radius_**2
+    def _anomaly(self, outputs: Tensor) -> Tensor:
+        return super()._anomaly(outputs) - self.radius_**2

@@ -18,7 +18,6 @@ from sklearn.base import (
     ClassNamePrefixFeaturesOutMixin,
     TransformerMixin,
     _fit_context,
-    clone,
 )
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import Tags
@@ -29,25 +28,22 @@ from ..backbones._backbone import Adapted, Versions
 from ..base import (
     draw_seed,
     keep_state_on_error,
-    seeded_clone,
 )
 from ..draws import OwnDraws
 from ..fisher import check_classes
 from ..inference import INPUT, PassOutputs, Tap
 from ..inputs import chunks
-from ..scorers import CentroidScorer, KMeansScorer, KNNScorer
 from ..scorers._base import Scorer, row_digests
 from ._adaptation import Adaptation, unit_length
+from ._adapted_scores import SCORERS, AdaptedScores
 from ._base import (
     TrainedDetector,
     TrainingSamples,
-    as_unseen,
     find_related,
     hold_out,
     stages_to_adapt,
 )
 
-SCORERS = {"knn": KNNScorer, "kmeans": KMeansScorer, "centroid": CentroidScorer}
 ADAPTATIONS = {"early_stopping", "ses", "ewc", "joint", "outlier_exposure"}
 # mini-batches of 32: appendix D ("150k image samples" for "ses"), outlier exposure's
 # 75 epochs counted for CIFAR-10
@@ -65,6 +61,7 @@ COLLAPSED = 0.01  # of the features' spread: less was worse than no adaptation
 class PANDAEstimator(
     ClassNamePrefixFeaturesOutMixin,
     TransformerMixin,
+    AdaptedScores,
     TrainedDetector,
 ):
     """PANDA: pretrained features, adapted to the normal images without collapse.
@@ -358,7 +355,8 @@ None, default="ewc"
         self._check_enough(len(rows))
         groups = samples.groups_of(rows)
         digests = row_digests(features[rows])
-        held_out = self._hold_out(find_related(groups, features[rows], digests), rng)
+        related = find_related(groups, features[rows], digests)
+        held_out = self._hold_out(related, rng)
         self._logit: nn.Linear | None = None
         self.loss_curve_ = np.empty(0)
         self.checkpoints_: tuple[int, ...] = (0,)
@@ -392,7 +390,11 @@ None, default="ewc"
             versions = self._train(adaptation, losses)
             features = self._update(features, versions, outputs, rows, held_out)
         self.n_iter_ = len(self.loss_curve_)
-        self._learn_scores(features[rows], held_out, groups, rng)
+        galleries = self._learn_scores(features[rows], held_out, groups, rng)
+        if self._has_maps() and not held_out.any():  # for maps some are, all the same
+            held_out = hold_out(related, self.validation_fraction or 0.1, rng)
+            galleries = self._fit_galleries(features[rows[~held_out]])
+        self._learn_map_threshold(inputs.take(rows[held_out]), galleries)
 
     def _copy_stages(self) -> nn.Sequential:
         """Copy the stages from the first trained one on, ready to be trained."""
@@ -535,59 +537,6 @@ None, default="ewc"
                 ConvergenceWarning,
                 stacklevel=4,
             )
-
-    def _learn_scores(
-        self,
-        features: NDArray[np.float32],
-        held_out: NDArray[np.bool_],
-        groups: NDArray[Any] | None,
-        rng: np.random.RandomState,
-    ) -> None:
-        """Fit a scorer to each checkpoint's features, and set the threshold."""
-        scorer: Any = self.scorer
-        scorer = SCORERS[scorer]() if isinstance(scorer, str) else scorer
-        scorer = seeded_clone(scorer, rng)
-        self.scorers_, self._typical, unseen = [], [], []
-        for psi in self._by_version(features) if self._logit is None else ():
-            if held_out.any():
-                # App. D: the others are the gallery of the held-out ones
-                gallery = clone(scorer).fit(psi[~held_out])
-                unseen.append(gallery.score_samples(psi[held_out]))
-                self._typical.append(-unseen[-1].mean())
-            given = {"groups": groups} if isinstance(scorer, Scorer) else {}
-            self.scorers_.append(clone(scorer).fit(psi, **given))
-            if self.adaptation and not held_out.any():
-                self._typical.append(-self.scorers_[-1].score_samples(psi).mean())
-        scores = self._score(features)
-        if held_out.any():
-            if unseen:
-                scores[held_out] = self._combine(unseen)
-            scores[~held_out] = as_unseen(scores[~held_out], scores[held_out])
-        self._set_threshold(row_digests(features), scores)
-
-    def _by_version(self, features: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-        """Part features by checkpoint; of unit length where so wanted."""
-        parts = np.split(features, len(self._widths), axis=1)
-        return [self._psi(part) for part in parts]
-
-    def _psi(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
-        return unit_length(torch.from_numpy(features), self.normalize).numpy()
-
-    def _score(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
-        versions = self._by_version(features)
-        if self._logit is not None:
-            with torch.inference_mode():
-                logits = self._logit(torch.from_numpy(versions[0]))[:, 0]
-            return -logits.numpy().astype(np.float64)
-        pairs = zip(self.scorers_, versions, strict=True)
-        return self._combine([scorer.score_samples(psi) for scorer, psi in pairs])
-
-    def _combine(self, scores: list[NDArray[np.float64]]) -> NDArray[np.float64]:
-        """Divide distances by typical ones; SES takes the largest (section 3)."""
-        if len(scores) == 1 and self.adaptation != "ses":
-            return scores[0]
-        ratios = [s / typical for s, typical in zip(scores, self._typical, strict=True)]
-        return (np.min if self.adaptation == "ses" else np.mean)(ratios, axis=0)
 
     def transform(self, X: Any) -> NDArray[np.float32]:
         """Give the adapted features.

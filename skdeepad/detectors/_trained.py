@@ -91,6 +91,10 @@ class TrainedEnd(Backbone):
         """Whether the last layer is made to give an objective its outputs."""
         return isinstance(list(self.stages.modules())[-1], nn.Linear)
 
+    def routes(self) -> list[list[tuple[str, nn.Module]]]:
+        """Give the trained stages by their names, if there are any."""
+        return [list(self.stages.items())] if self.n_handed_on else []
+
     def encode(self, x: Tensor) -> Tensor:
         """Give the last trained stage's output, as it is."""
         for stage in self.stages.values():

@@ -112,7 +112,8 @@ class AnomalyMapDisplay(DetectorDisplay):
             estimator.anomaly_map(X),
             masks=masks,
             level=None if np.isnan(level) else level,
-            decisions=estimator.decision_function(X),
+            # classifiers decide between their classes
+            decisions=estimator.score_samples(X) - estimator.offset_,
             image_shape=getattr(estimator, "image_shape", None),
             **kwargs,
         )
