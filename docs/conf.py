@@ -92,9 +92,12 @@ sphinx_gallery_conf = {
 # the look
 html_theme = "pydata_sphinx_theme"
 html_title = "skdeepad"
+html_logo = html_favicon = "_static/logo.svg"
+html_context = {"default_mode": "auto"}  # light or dark, as the reader's system
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_theme_options = {
+    "logo": {"text": "skdeepad"},
     "navbar_align": "left",
     "header_links_before_dropdown": 6,
     "show_toc_level": 2,

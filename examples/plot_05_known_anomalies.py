@@ -28,12 +28,12 @@ test = np.r_[zeros[120:], sixes[60:], np.flatnonzero((y != 0) & (y != 6))[:300]]
 from skdeepad import HSCClassifier, MahalanobisFeatureScorer
 
 scores = {}
-without = MahalanobisFeatureScorer(image_size=64).fit(images[zeros[:120]])
+without = MahalanobisFeatureScorer(image_size=32).fit(images[zeros[:120]])
 scores["none known"] = without.score_samples(images[test])
 for n_known in (2, 8, 32):
     rows = np.r_[zeros[:120], sixes[:n_known]]
     labels = np.where(y[rows] == 0, 1, -1)
-    detector = HSCClassifier(image_size=64, max_steps=60, random_state=0)
+    detector = HSCClassifier(image_size=32, max_steps=60, random_state=0)
     detector.fit(images[rows], labels)
     scores[f"{n_known} known"] = detector.score_samples(images[test])
 
