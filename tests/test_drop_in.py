@@ -104,10 +104,10 @@ def pipeline(public, kind):
     if kind != "vectors" and not sees_images:
         options = {**BUDGETS, **network, "stages": "stage2"}
         steps.append(("features", make(BackboneFeatures, **options)))
-    options = {**BUDGETS, **network}
-    if kind == "images" and issubclass(public, TransformationDetector):
-        options["backbone"] = "efficientnet_lite0"  # "auto" is from scratch
-    steps.append(("it", make(public, **options)))
+    if kind != "vectors" and issubclass(public, TransformationDetector):
+        # up to 72 passes for each image: small ones, a network from scratch
+        network = {"image_size": 8, "trainable_stages": "stage3"}
+    steps.append(("it", make(public, **BUDGETS, **network)))
     if public is BackboneFeatures:
         steps.append(("scorer", KNNScorer()))
     return Pipeline(steps)
