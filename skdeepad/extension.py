@@ -24,12 +24,14 @@ from sklearn.utils.estimator_checks import check_estimator
 
 from .detectors._base import BackboneDetector
 from .detectors._maps import AnomalyMapMixin
+from .detectors._shares import PositionShares
 from .detectors._trained import FineTunedDetector
 
 __all__ = [
     "AnomalyMapMixin",
     "BackboneDetector",
     "FineTunedDetector",
+    "PositionShares",
     "check_detector",
 ]
 
