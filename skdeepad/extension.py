@@ -24,6 +24,7 @@ from sklearn.utils.estimator_checks import check_estimator
 
 from .detectors._base import BackboneDetector
 from .detectors._maps import AnomalyMapMixin
+from .detectors._shares import PositionShares
 from .detectors._trained import FineTunedDetector
 from .draws import OwnDraws
 
@@ -32,6 +33,7 @@ __all__ = [
     "BackboneDetector",
     "FineTunedDetector",
     "OwnDraws",
+    "PositionShares",
     "check_detector",
 ]
 

@@ -150,6 +150,12 @@ def test_maps_do_not_depend_on_other_images(fitted):
     assert_allclose(fitted.anomaly_map(NEW[2:3])[0], maps[2], rtol=1e-4, atol=1e-5)
 
 
+def test_maps_where_gradients_are_off(fitted):
+    maps = fitted.anomaly_map(NEW)
+    with torch.inference_mode():
+        assert_array_equal(fitted.anomaly_map(NEW), maps)
+
+
 def test_maps_are_drawn(fitted):
     pytest.importorskip("matplotlib")
     display = AnomalyMapDisplay.from_estimator(fitted, NEW[:2])

@@ -99,14 +99,17 @@ class PositionShares(AnomalyMapMixin):
         taps = tuple(dict.fromkeys(start for start, _ in routes))
         front = replace(self._front(), taps=taps)
         for index, arrays in self._run(front, inputs, False):
-            given = [to_tensor(array).to(front.device) for array in arrays]
-            starts = dict(zip(taps, given, strict=True))
-            found = [
-                pair
-                for start, steps in routes
-                for pair in follow(starts[start], steps, self.backbone_.as_map)
-            ]
-            yield index, self._shares(found)
+            # the caller may have turned gradients off
+            with torch.inference_mode(False), torch.enable_grad():
+                given = [to_tensor(array).to(front.device) for array in arrays]
+                starts = dict(zip(taps, given, strict=True))
+                found = [
+                    pair
+                    for start, steps in routes
+                    for pair in follow(starts[start], steps, self.backbone_.as_map)
+                ]
+                shares = self._shares(found)
+            yield index, shares
 
     def _routes(self, inputs: Vectors) -> list[Route]:
         """Give the ways from what the front gives to the features of samples."""
@@ -242,7 +245,6 @@ def follow(
             if have_positions(as_map(output)):
                 x = a = output.detach().requires_grad_()
             else:
-                with torch.enable_grad():
-                    x = stage(x.clone())  # a leaf must not be changed in place
+                x = stage(x.clone())  # a leaf must not be changed in place
         if counts:
             yield a, pool(as_map(x))
