@@ -107,6 +107,18 @@ def measure(X_train: Any, X_test: Any, y: Any) -> dict[str, Any]:
     return rows
 
 
+def means(found: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Average each detector's figures over tasks."""
+    first = next(iter(found.values()))
+    return {
+        detector: {
+            key: float(np.mean([rows[detector][key] for rows in found.values()]))
+            for key in figures
+        }
+        for detector, figures in first.items()
+    }
+
+
 def main() -> None:
     """Measure, print the table, and write it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -122,23 +134,13 @@ def main() -> None:
     for name, *task in tasks(options):
         found[name] = measure(*task)
         for detector, row in found[name].items():
-            print(
-                f"{name:12}{detector:26}",
-                *(f"{v:8.1f}" for v in row.values()),
-                flush=True,
-            )
-    means = {
-        detector: {
-            key: float(np.mean([rows[detector][key] for rows in found.values()]))
-            for key in figures
-        }
-        for detector, figures in next(iter(found.values())).items()
-    }
-    print("\n| | " + " | ".join(next(iter(means.values()))) + " |")
-    for detector, row in means.items():
+            figures = (f"{value:8.1f}" for value in row.values())
+            print(f"{name:12}{detector:26}", *figures, flush=True)
+        # after each task: patches take their time
+        content = {"environment": told, **vars(options), "mean": means(found)}
+        write_json(f"image_default-{options.task}", {**content, "tasks": found})
+    for detector, row in means(found).items():
         print(f"| {detector} | " + " | ".join(f"{v:.2f}" for v in row.values()) + " |")
-    content = {"environment": told, **vars(options), "mean": means, "tasks": found}
-    write_json(f"image_default-{options.task}", content)
 
 
 if __name__ == "__main__":
