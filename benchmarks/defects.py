@@ -12,7 +12,7 @@ halves       fitted to 150 good tiles of 64 pixels of the left half of a texture
              by 60 good and 60 defective ones of the right half: no pixel in common
 overlapping  the draw of docs/kd_cloner.md: three textures, tiles of 64 and 128 pixels,
              200 good ones, judged by 100 good and 100 defective ones
-alarms       good tiles and maps flagged of 300 new ones, contamination=0.05
+alarms       good tiles and maps flagged of 300 new ones, at 96 pixels
 dirty        a tenth of the training tiles are defective: what the memory holds of them
 stream       time, memory and size of the file by number of images
 
@@ -265,7 +265,7 @@ def table(protocol: str, names: list[str], draws: int) -> None:
     write_json(path.stem, {"runs": runs})
 
 
-def alarms(n_draws: int = 3) -> None:
+def alarms(n_draws: int = 2) -> None:
     """Measure the shares of new good images, and of their maps, that are flagged."""
     where, rows = environment(), []
     for n, texture, draw in product((50, 200), TEXTURES, range(n_draws)):
@@ -276,7 +276,7 @@ def alarms(n_draws: int = 3) -> None:
             n_test_defective=1,
             random_state=1000 + draw,
         ).X_train
-        detector = PatchDetector(**OPTIONS).fit(good[:n])
+        detector = PatchDetector(image_size=96, random_state=draw).fit(good[:n])
         images = np.mean(detector.predict(good[n:]) < 0)
         peaks = detector.anomaly_map(good[n:]).max(axis=(1, 2))
         row = {"n": n, "texture": texture, "draw": draw, "images": float(images)}

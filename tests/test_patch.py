@@ -334,6 +334,17 @@ def test_maps_have_a_threshold():
 # ---------------------------------------------------------------------- parts of data
 
 
+def test_parts_under_mahalanobis_distance():
+    """The lengths that features are brought to are those of the first part."""
+    same = {"metric": "mahalanobis", "n_patches": 100_000}
+    whole = make(**same).fit(X)
+    parts = make(**same).partial_fit(X[:12]).partial_fit(X[12:])
+    merged = make(**same).fit(X[:12]).merge([make(**same).fit(X[12:])])
+    for other in (parts, merged):
+        assert_allclose(other.score_samples(NEW), whole.score_samples(NEW), rtol=0.05)
+        assert (other.score_samples(X) < -0.01).all()  # held out
+
+
 def test_partial_fit_and_merge():
     whole = make(n_patches=100_000).fit(X)
     parts = make(n_patches=100_000).partial_fit(X[:12]).partial_fit(X[12:])
@@ -444,7 +455,8 @@ def test_tokens_and_vectors_are_maps_too():
 
 @pytest.mark.parametrize("scorer", ["memory", "gaussian"])
 def test_saved_and_loaded(tmp_path, scorer):
-    detector = make(scorer=scorer, mask=np.eye(16) + 1).fit(X)
+    options = {"scorer": scorer, "metric": "mahalanobis", "mask": np.eye(16) + 1}
+    detector = make(**options).fit(X)
     skdeepad.save(detector, tmp_path / "detector.skdeepad")
     again = skdeepad.load(tmp_path / "detector.skdeepad")
     assert_array_equal(again.score_samples(NEW), detector.score_samples(NEW))

@@ -107,7 +107,7 @@ class PatchMemory(PatchDensity):
                     moments.update(x)
             self.coresets[fold].add(own)
 
-    def _stages(self, rows: Patches) -> list[Patches]:
+    def _stages(self, rows: NDArray[Any]) -> list[NDArray[Any]]:
         return np.split(rows, np.cumsum(self.widths)[:-1], axis=1)
 
     def join(self, others: Iterable[PatchMemory]) -> None:
@@ -133,23 +133,26 @@ class PatchMemory(PatchDensity):
         """Give the patches in the memory."""
         return np.concatenate([self.coresets[k].rows for k in self.used])
 
-    def _whitening(self, folds: Sequence[int]) -> NDArray[np.float32] | None:
+    def _whitening(self, folds: Sequence[int]) -> NDArray[np.float64] | None:
         if self.metric != "mahalanobis":
             return None
         stages = merged(self.moments[k] for k in folds)
-        return block_diag(*map(whitening, stages)).astype(np.float32)
+        return np.asarray(block_diag(*map(whitening, stages)))
 
-    def _compared(self, rows: Patches) -> Patches:
-        """Turn patches into what is compared by its Euclidean distance."""
+    def _compared(self, rows: Patches) -> NDArray[Any]:
+        """Turn patches into what is compared by its Euclidean distance.
+
+        In float64, as products in float32 would depend on what else is in a batch.
+        """
         if self.whitening is None:
             return rows
         return self._compressed(rows) @ self.whitening
 
-    def _compressed(self, rows: Patches) -> Patches:
+    def _compressed(self, rows: Patches) -> NDArray[np.float64]:
         sizes = np.where(self.squares > 0, self.squares, 1) / self.n_measured
         pairs = zip(self._stages(rows), sizes, strict=True)
         parts = [x / np.sqrt(squared_length(x) + size)[:, None] for x, size in pairs]
-        return np.concatenate(parts, axis=1).astype(np.float32)
+        return np.concatenate(parts, axis=1)
 
     def score(self, patches: Patches) -> NDArray[np.float64]:
         """Score patches: 0 at least, higher = more anomalous."""
@@ -177,16 +180,14 @@ class PatchMemory(PatchDensity):
         others = self._distance(squared)
         return -np.expm1(apart - logsumexp(others, axis=1)) * apart
 
-    def _centred(self, rows: Patches) -> Patches:
+    def _centred(self, rows: Patches) -> NDArray[Any]:
         return centred(self._compared(rows), self.origin, self.scale)
 
     def _distance(self, squared: NDArray[np.float64]) -> NDArray[np.float64]:
         squared = squared * self.scale**2
-        return (
-            squared / (2 * len(self.widths))
-            if self.metric == "cosine"
-            else np.sqrt(squared)
-        )
+        if self.metric == "cosine":
+            return squared / (2 * len(self.widths))
+        return np.sqrt(squared)
 
     def _nearest(
         self, patches: Patches

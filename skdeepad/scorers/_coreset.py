@@ -75,7 +75,7 @@ class Coreset:
         self.n = n
         self.n_seen = 0
         self.rows = np.empty((0, width), dtype=np.float32)
-        self.waiting: list[tuple[NDArray[np.float32], NDArray[np.float64]]] = []
+        self.waiting: list[tuple[NDArray[Any], NDArray[Any]]] = []
 
     def __len__(self) -> int:
         return len(self.rows) + sum(len(rows) for rows, _ in self.waiting)
