@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         PANDAEstimator,
         PatchDetector,
     )
+    from .export import export_onnx
     from .features import BackboneFeatures
     from .model_selection import OneClassKFold, PseudoAnomalyScorer, compare_detectors
     from .persistence import load, save
@@ -58,6 +59,7 @@ _HOMES = {
     "PseudoAnomalyScorer": "model_selection",
     "RobustDetector": "conformal",
     "compare_detectors": "model_selection",
+    "export_onnx": "export",
     "load": "persistence",
     "save": "persistence",
 }
@@ -67,6 +69,7 @@ _MODULES = frozenset(
         "conformal",
         "datasets",
         "detectors",
+        "export",
         "extension",
         "fisher",
         "inspection",
@@ -74,6 +77,7 @@ _MODULES = frozenset(
         "model_selection",
         "persistence",
         "representation",
+        "runtime",
         "scorers",
     ]
 )
@@ -99,6 +103,7 @@ __all__ = [
     "PseudoAnomalyScorer",
     "RobustDetector",
     "compare_detectors",
+    "export_onnx",
     "load",
     "save",
 ]

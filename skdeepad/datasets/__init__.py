@@ -5,7 +5,7 @@ from skdeepad.datasets._fashion_mnist import load_fashion_mnist
 from skdeepad.datasets._folders import load_image_folder
 from skdeepad.datasets._pseudo_anomalies import make_pseudo_anomalies
 from skdeepad.datasets._textures import make_texture_defects
-from skdeepad.files import list_images
+from skdeepad.runtime._files import list_images
 
 __all__ = [
     "list_images",

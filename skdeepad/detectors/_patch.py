@@ -574,7 +574,14 @@ def patch_maps(arrays: Arrays, pooling: int, unit: bool = False) -> torch.Tensor
     Tensor of shape (n, n_channels, height, width)
         In float32.
     """
-    maps = [to_tensor(array).float() for array in arrays]
+    return on_first_raster([to_tensor(array) for array in arrays], pooling, unit)
+
+
+def on_first_raster(
+    outputs: list[torch.Tensor], pooling: int, unit: bool
+) -> torch.Tensor:
+    """Do what `patch_maps` does to tensors."""
+    maps = [output.float() for output in outputs]
     maps = [m.transpose(1, 2)[..., None] if m.ndim == 3 else m for m in maps]
     maps = [m[..., None, None] if m.ndim == 2 else m for m in maps]
     if pooling > 1:

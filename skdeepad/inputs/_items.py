@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checks import is_tensor, shorten, to_array
-from ._decode import fit_channels, read_image, to_pixels
+from ..runtime._images import channels_first, to_pixels
+from ._decode import fit_channels, read_image
 from ._samples import (
     ImagePaths,
     Images,
     Shape,
-    channels_first,
-    check_pixels,
+    check_images,
     file_digest,
 )
 
@@ -56,7 +56,7 @@ class ImageItems(ImagePaths):
                 return image
             pixels, white = _pixels(image)
             rows = channels_first(pixels[None], self.image_shape)
-            return check_pixels(Images(rows, self.white or white))
+            return check_images(Images(rows, self.white or white))
         except Exception as error:  # whatever a data set of the user's raises
             raise OSError(str(error) or repr(error)) from error
 
