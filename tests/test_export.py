@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
+import shutil
 import subprocess
 import sys
+import tomllib
 import warnings
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from fixtures.make_onnx import FOLDER, NAMES, NEW
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 from sklearn.decomposition import PCA
@@ -299,6 +305,7 @@ def test_metadata_says_what_made_the_file(exported):
     detector, model, path = exported("patches")
     told = json.loads(onnx.load(path).metadata_props[0].value)
     assert told["class"] == "PatchDetector"
+    assert exported("kNN")[1].metadata["parts"][1:] == ["BackboneFeatures", "KNNScorer"]
     assert told["versions"]["skdeepad"] == skdeepad.__version__
     assert told["image_sizes"] == [[32, 32]]
     assert told["contamination"] == 0.1
@@ -533,3 +540,46 @@ print(*{{name.partition(".")[0] for name in sys.modules}})
     assert not {"torch", "sklearn", "scipy", "onnx", "torchvision"} & set(
         modules.split()
     )
+
+
+# files and packages of other versions
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_of_earlier_versions_score_as_they_did(name):
+    model = load(FOLDER / f"{name}.onnx")
+    with np.load(FOLDER / f"{name}.npz") as expected:
+        assert_allclose(model.score_samples(NEW), expected["score"], rtol=1e-5)
+        assert_allclose(model.p_values(NEW), expected["p"], atol=1e-6)
+        if "map" in expected:
+            top = expected["map"].max()
+            assert_allclose(model.anomaly_map(NEW), expected["map"], atol=1e-4 * top)
+
+
+def test_the_package_of_the_runtime_alone():
+    root = Path(skdeepad.__file__).parents[1]
+    texts = [root / "pyproject.toml", root / "packaging/runtime/pyproject.toml"]
+    whole, alone = (tomllib.loads(p.read_text(encoding="utf-8")) for p in texts)
+    assert alone["project"]["version"] == whole["project"]["version"]
+    names = {re.match(r"[\w-]+", d)[0] for d in alone["project"]["dependencies"]}
+    assert names == {"numpy", "onnxruntime", "pillow"}
+    # each of its files stands alone, wherever the folder lies
+    wheel = alone["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    for source in wheel:
+        assert (root / "packaging/runtime" / source).exists()
+    for path in (root / "skdeepad/runtime").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level < 2
+                assert not (node.module or "").startswith("skdeepad")
+
+
+def test_a_copy_of_the_runtime_scores(tmp_path):
+    shutil.copytree(Path(skdeepad.__file__).parent / "runtime", tmp_path / "alone")
+    code = f"""
+import sys
+sys.modules["skdeepad"] = None
+from alone import load
+print(load({str(FOLDER / "patches.onnx")!r}))
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)

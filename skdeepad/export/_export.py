@@ -149,7 +149,7 @@ def _describe(
     return {
         "format": FORMAT,
         "class": type(detector).__name__,
-        "detector": repr(detector)[:2000],
+        "parts": [type(e).__name__ for e in _estimators(detector, BaseEstimator)],
         "versions": {name: version(name) for name in PACKAGES},
         "weights": _digest(part),
         "image_sizes": part.sizes,
