@@ -247,7 +247,13 @@ class ExportedDetector:
                 "white": np.array(white, np.float32),
                 "threshold": np.array(self.threshold, np.float64),
             }
-            found = self._session.run(outputs, feeds, self._options)
+            try:
+                found = self._session.run(outputs, feeds, self._options)
+            except Exception as error:  # ONNX Runtime has a dozen classes of its own
+                raise ModelError(
+                    f"The model fails on {name}, of shape {pixels.shape}: "
+                    f"{str(error)[:200]}. Export the detector again."
+                ) from error
             yield [values[0] for values in found]
 
     def _fit_channels(self, pixels: NDArray[np.float32], white: float) -> Pixels:
