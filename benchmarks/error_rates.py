@@ -56,14 +56,14 @@ def cheap() -> dict[str, Any]:
         'KNNScorer("mahalanobis")': KNNScorer(metric="mahalanobis"),
         "GaussianScorer": GaussianScorer(),
         "CentroidScorer": CentroidScorer(),
-        "KMeansScorer": KMeansScorer(n_clusters=3, random_state=0),
-        "DetectorEnsemble": DetectorEnsemble(),
         'ConformalDetector(KNNScorer, "split", cv=2)': ConformalDetector(
             knn, method="split", cv=2
         ),
         'ConformalDetector(KNNScorer, "cv+")': ConformalDetector(knn, method="cv+"),
         "ConformalDetector(PCA, KNNScorer)": ConformalDetector(whitened),
         "PCA, KNNScorer (does not hold)": whitened,
+        "DetectorEnsemble": DetectorEnsemble(),
+        "KMeansScorer": KMeansScorer(n_clusters=3, random_state=0),
     }
 
 
@@ -108,8 +108,8 @@ def calibration(n_fits: int) -> dict[str, Any]:
     """Shares of p-values of new normal samples, one set of them for each fit."""
     images, rows_of = patches_and_features(3000)
     found: dict[str, Any] = {}
-    cases = [(name, d, n_fits) for name, d in cheap().items()]
-    cases += [(name, d, max(3, n_fits // 10)) for name, d in trained().items()]
+    cases = [(name, d, max(3, n_fits // 10)) for name, d in trained().items()]
+    cases += [(name, d, n_fits) for name, d in cheap().items()]
     for name, detector, repeats in cases:
         for source in ("vectors", "patches"):
             known = images if isinstance(detector, PatchDetector) else rows_of
@@ -137,6 +137,7 @@ def calibration(n_fits: int) -> dict[str, Any]:
                     "share": mean.round(4).tolist(),
                     "standard_error": error.round(4).tolist(),
                 }
+                keep("calibration", None, found, whole=False)  # this takes a while
                 told = "  ".join(f"{mean[i]:.3f} +- {error[i]:.3f}" for i in at)
                 print(f"{name:46}{source:9}n={n:4}  {told}", flush=True)
     return found
@@ -204,7 +205,7 @@ def drift(n_streams: int, length: int) -> dict[str, Any]:
             count += monitor.update(rng.normal(size=(length, 5))).alarm_
         alarms[name] = count / n_streams
         print(f"{name}: alarms in {count} of {n_streams} streams", flush=True)
-    delays = delays_of_brighter_images(n_streams)
+    delays = delays_of_brighter_images(n_streams // 2)
     print("delays", np.quantile(delays, [0, 0.5, 0.95, 1]), flush=True)
     return {"alpha": 0.1, "length": length, "alarms": alarms, "delays": delays}
 
@@ -287,14 +288,15 @@ STUDIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def keep(name: str, before: dict[str, Any], result: Any) -> None:
-    """Write a study beside the others; each has its environment."""
+def keep(name: str, before: Any, result: dict[str, Any], whole: bool = True) -> None:
+    """Write a study beside the others, or what is known of it; with its environment."""
     path = RESULTS / "error_rates.json"
     content = json.loads(path.read_text()) if path.exists() else {}
-    environments = content.get("environment", {})
-    content["environment"] = {k: v for k, v in environments.items() if k in STUDIES}
-    content["environment"][name] = before
-    content[name] = result
+    content[name] = result if whole else content.get(name, {}) | result
+    if before is not None:
+        environments = content.get("environment", {})
+        content["environment"] = {k: v for k, v in environments.items() if k in STUDIES}
+        content["environment"][name] = before
     write_json("error_rates", content)
 
 
@@ -310,4 +312,5 @@ if __name__ == "__main__":
         plot()
     else:
         for name in [arguments.study] if arguments.study else STUDIES:
-            keep(name, environment(), STUDIES[name](arguments))
+            before = environment()
+            keep(name, before, STUDIES[name](arguments))
