@@ -213,10 +213,11 @@ def measure_engine(folder: Path) -> list[dict[str, Any]]:
                 file = exported_pass(front, x[:2])
         for threads in THREADS:
             torch.set_num_threads(threads)
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = threads
-            session = onnxruntime.InferenceSession(file, options)
             for n in (1, 4):
+                options = onnxruntime.SessionOptions()
+                options.intra_op_num_threads = threads
+                options.add_free_dimension_override_by_name("n", n)
+                session = onnxruntime.InferenceSession(file, options)
                 parts = [part.numpy() for part in x.split(n)]
                 timed[f"onnxruntime_batches_of_{n}"] = partial(
                     run_parts, session, parts
