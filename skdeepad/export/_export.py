@@ -65,7 +65,7 @@ def export_onnx(
     -----
     UserWarning
         If the detector was fitted in bfloat16: the graph computes in float32, so that
-        its scores differ by up to 1 %.
+        its scores differ by some percent (docs/deploy.md).
 
     See Also
     --------
@@ -207,7 +207,7 @@ def _warn_of_bfloat16(detector: Any) -> None:
     if any(front._dtype == torch.bfloat16 for front in fronts):
         warnings.warn(
             "The detector computes in bfloat16, as this processor is faster in it; the "
-            "graph computes in float32, so that its scores differ by up to 1 %. Fit "
+            "graph computes in float32, so that its scores differ by some percent. Fit "
             "it with precision='float32' for equal scores.",
             UserWarning,
             stacklevel=3,

@@ -45,7 +45,7 @@ class Refinement(Step):
 def smooth_resizing(new: int, old: int, antialias: bool, sigma: float) -> NDArray[Any]:
     """Give the matrix that resizes a row of a map, and smooths it."""
     unit = torch.eye(old, dtype=torch.float64)[None, None]
-    # two identical columns: the other axis stays as it is
+    # a row for each position, 1 there; the columns stay as they are
     resized = F.interpolate(
         unit, size=(new, old), mode="bilinear", antialias=antialias
     )[0, 0].numpy()

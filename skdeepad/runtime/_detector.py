@@ -284,6 +284,8 @@ def _open(path: str | os.PathLike[str], threads: int | None) -> tuple[Any, Any]:
         raise FileNotFoundError(f"There is no file {os.fspath(path)!r}.")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    # images pass one by one; told so, ONNX Runtime settles all shapes once
+    options.add_free_dimension_override_by_name("n", 1)
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
