@@ -106,6 +106,7 @@ def fitted(detector: Any, X: Any) -> Any:
 
 def calibration(n_fits: int) -> dict[str, Any]:
     """Shares of p-values of new normal samples, one set of them for each fit."""
+    before = environment()
     images, rows_of = patches_and_features(3000)
     found: dict[str, Any] = {}
     cases = [(name, d, max(3, n_fits // 10)) for name, d in trained().items()]
@@ -137,7 +138,7 @@ def calibration(n_fits: int) -> dict[str, Any]:
                     "share": mean.round(4).tolist(),
                     "standard_error": error.round(4).tolist(),
                 }
-                keep("calibration", None, found, whole=False)  # this takes a while
+                keep("calibration", before, found, whole=False)  # this takes a while
                 told = "  ".join(f"{mean[i]:.3f} +- {error[i]:.3f}" for i in at)
                 print(f"{name:46}{source:9}n={n:4}  {told}", flush=True)
     return found
@@ -288,15 +289,16 @@ STUDIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def keep(name: str, before: Any, result: dict[str, Any], whole: bool = True) -> None:
+def keep(
+    name: str, before: dict[str, Any], result: dict[str, Any], whole: bool = True
+) -> None:
     """Write a study beside the others, or what is known of it; with its environment."""
     path = RESULTS / "error_rates.json"
     content = json.loads(path.read_text()) if path.exists() else {}
     content[name] = result if whole else content.get(name, {}) | result
-    if before is not None:
-        environments = content.get("environment", {})
-        content["environment"] = {k: v for k, v in environments.items() if k in STUDIES}
-        content["environment"][name] = before
+    environments = content.get("environment", {})
+    content["environment"] = {k: v for k, v in environments.items() if k in STUDIES}
+    content["environment"][name] = before
     write_json("error_rates", content)
 
 
