@@ -238,17 +238,23 @@ def plot() -> None:
 
     content = json.loads((RESULTS / "error_rates.json").read_text())
     images = ROOT / "docs" / "images"
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(
+        1, 2, figsize=(12, 4.5), layout="constrained", sharey=True
+    )
+    rows = content["calibration"]
+    names = list(dict.fromkeys(key.rsplit(", ", 2)[0] for key in rows))
     for ax, source in zip(axes, ("vectors", "patches"), strict=True):
         ax.plot([0, 0.5], [0, 0.5], color="black", lw=0.8, label="as promised")
-        for name, row in content["calibration"].items():
-            detector, _, rest = name.rpartition(f", {source}, n=")
-            if rest == "200":
-                style = "--" if "not hold" in detector else "-"
-                ax.plot(GRID, row["share"], style, lw=1.5, label=detector)
+        for i, name in enumerate(names):
+            row = rows.get(f"{name}, {source}, n=200")
+            if row is not None:
+                style = "--" if "not hold" in name else "-"
+                colour = plt.get_cmap("tab20")(i % 20)
+                ax.plot(GRID, row["share"], style, lw=1.5, label=name, color=colour)
         ax.set(title=f"{source}, 200 to fit", xlabel="t", xlim=(0, 0.5), ylim=(0, 0.8))
     axes[0].set_ylabel("share of new normal samples with p <= t")
-    axes[0].legend(fontsize=7, loc="upper left")
+    labels = axes[1].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside right upper", fontsize=8)
     figure.savefig(images / "error_rates_calibration.png", dpi=110)
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
