@@ -106,6 +106,7 @@ def fitted(detector: Any, X: Any) -> Any:
 
 def calibration(n_fits: int) -> dict[str, Any]:
     """Shares of p-values of new normal samples, one set of them for each fit."""
+    before = environment()
     images, rows_of = patches_and_features(3000)
     found: dict[str, Any] = {}
     cases = [(name, d, max(3, n_fits // 10)) for name, d in trained().items()]
@@ -137,7 +138,7 @@ def calibration(n_fits: int) -> dict[str, Any]:
                     "share": mean.round(4).tolist(),
                     "standard_error": error.round(4).tolist(),
                 }
-                keep("calibration", None, found, whole=False)  # this takes a while
+                keep("calibration", before, found, whole=False)  # this takes a while
                 told = "  ".join(f"{mean[i]:.3f} +- {error[i]:.3f}" for i in at)
                 print(f"{name:46}{source:9}n={n:4}  {told}", flush=True)
     return found
@@ -237,17 +238,23 @@ def plot() -> None:
 
     content = json.loads((RESULTS / "error_rates.json").read_text())
     images = ROOT / "docs" / "images"
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(
+        1, 2, figsize=(12, 4.5), layout="constrained", sharey=True
+    )
+    rows = content["calibration"]
+    names = list(dict.fromkeys(key.rsplit(", ", 2)[0] for key in rows))
     for ax, source in zip(axes, ("vectors", "patches"), strict=True):
         ax.plot([0, 0.5], [0, 0.5], color="black", lw=0.8, label="as promised")
-        for name, row in content["calibration"].items():
-            detector, _, rest = name.rpartition(f", {source}, n=")
-            if rest == "200":
-                style = "--" if "not hold" in detector else "-"
-                ax.plot(GRID, row["share"], style, lw=1.5, label=detector)
+        for i, name in enumerate(names):
+            row = rows.get(f"{name}, {source}, n=200")
+            if row is not None:
+                style = "--" if "not hold" in name else "-"
+                colour = plt.get_cmap("tab20")(i % 20)
+                ax.plot(GRID, row["share"], style, lw=1.5, label=name, color=colour)
         ax.set(title=f"{source}, 200 to fit", xlabel="t", xlim=(0, 0.5), ylim=(0, 0.8))
     axes[0].set_ylabel("share of new normal samples with p <= t")
-    axes[0].legend(fontsize=7, loc="upper left")
+    labels = axes[1].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside right upper", fontsize=8)
     figure.savefig(images / "error_rates_calibration.png", dpi=110)
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
@@ -288,15 +295,16 @@ STUDIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def keep(name: str, before: Any, result: dict[str, Any], whole: bool = True) -> None:
+def keep(
+    name: str, before: dict[str, Any], result: dict[str, Any], whole: bool = True
+) -> None:
     """Write a study beside the others, or what is known of it; with its environment."""
     path = RESULTS / "error_rates.json"
     content = json.loads(path.read_text()) if path.exists() else {}
     content[name] = result if whole else content.get(name, {}) | result
-    if before is not None:
-        environments = content.get("environment", {})
-        content["environment"] = {k: v for k, v in environments.items() if k in STUDIES}
-        content["environment"][name] = before
+    environments = content.get("environment", {})
+    content["environment"] = {k: v for k, v in environments.items() if k in STUDIES}
+    content["environment"][name] = before
     write_json("error_rates", content)
 
 

@@ -29,6 +29,7 @@ from skdeepad import (
     DeepSVDD,
     GaussianScorer,
     HSCClassifier,
+    KDClonerEstimator,
     KNNScorer,
     MahalanobisFeatureScorer,
     RobustDetector,
@@ -106,9 +107,14 @@ def test_p_values_under_the_null(name, n):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_trained_detectors_compare_with_unseen_images_alone():
+@pytest.mark.parametrize(
+    "detector",
+    [DeepSVDD(max_steps=5, pretrain_steps=2), KDClonerEstimator(max_steps=5)],
+    ids=["svdd", "cloner"],
+)
+def test_trained_detectors_compare_with_unseen_images_alone(detector):
     X = load_digits().data[:200] / 16
-    detector = DeepSVDD(max_steps=5, pretrain_steps=2, random_state=0).fit(X)
+    detector.set_params(random_state=0).fit(X)
     assert len(detector.held_out_scores_) == 40
     p = detector.p_values(load_digits().data[200:] / 16)
     assert p.min() >= 1 / 41 and p.max() <= 1
