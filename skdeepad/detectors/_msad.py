@@ -86,9 +86,9 @@ class MSADEstimator(ObjectiveDetector):
     -----
     BatchNorm keeps its pretrained statistics throughout, as in the official code.
 
-    The default rate is the best of 1e-4, 1e-3 and 1e-2 on training images of one class of
-    Fashion-MNIST, a first look: at 1e-2 the features lost accuracy. docs/panda.md says
-    what was not measured.
+    The default rate is the best of 1e-4, 1e-3 and 1e-2 on training images of one class
+    of Fashion-MNIST, a first look: at 1e-2 the features lost accuracy. docs/panda.md
+    says what was not measured.
 
     References
     ----------
