@@ -25,10 +25,7 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from torch import Tensor, nn
 
 from ..backbones._backbone import Adapted, Versions
-from ..base import (
-    draw_seed,
-    keep_state_on_error,
-)
+from ..base import draw_seed, keep_state_on_error
 from ..draws import OwnDraws
 from ..fisher import check_classes
 from ..inference import INPUT, PassOutputs, Tap
@@ -126,9 +123,8 @@ None, default="ewc"
         with gradients of 32 samples at a time and a distance divided by the number of
         features d: here, 1e4 * d / 32.) 0 is early stopping.
     bound_stiffness : bool, default=True
-        Whether lambda times the Fisher diagonal is kept below 1 / `learning_rate`:
-        beyond it gradient descent may overshoot where it is to be held back, so that
-        no `ewc_lambda` is too large. The paper has no bound; see Notes.
+        Whether lambda times the Fisher diagonal is kept below 1 / `learning_rate`,
+        beyond which gradient descent may overshoot. The paper has no bound.
     fisher : path, mapping or None, default=None
         The Fisher diagonal for "ewc": what `skdeepad.fisher.fisher_diagonal` returns
         for the backbone, or the file it was saved to (``torch.save`` or safetensors).
@@ -141,9 +137,8 @@ None, default="ewc"
     validation_fraction : float, default=0.1
         Share of the normal images that is not trained on, in [0, 0.5): they tell what
         distance is typical of new ones (Appendix D), and set the threshold. At least
-        40 images, or a third of fewer than 120. 0: all are trained on, as in the paper
-        but for "ses", and the threshold is optimistic: more new normal images are
-        flagged than `contamination` says; a warning tells so.
+        40 images, or a third of fewer than 120. 0: none, as in the paper but for "ses";
+        the threshold is then optimistic, which a warning tells.
     random_state : int, RandomState instance or None, default=None
         Seeds random weights, the held-out share, mini-batches, drawn outcomes, and
         the scorer, where it has a `random_state` that is None.
@@ -165,18 +160,15 @@ None, default="ewc"
     --------
     skdeepad.fisher.fisher_diagonal : The Fisher diagonal, computed once and saved.
     MahalanobisFeatureScorer : Nothing is trained.
+    MSADEstimator : By the same authors: images are told apart about their centre.
 
     Notes
     -----
     BatchNorm keeps its pretrained statistics throughout, as in the official code.
 
-    The official code divides the loss of Eq. 1 by the number of features d, and clips
-    its gradient at 1e-3. Here the loss is the sum, d times larger, as the paper prints
-    it, and `ewc_lambda` is on that scale. Under one `clip_norm` the steps are the same
-    as long as the official gradient is longer than `clip_norm`; a shorter one, down to
-    ``clip_norm / d``, would be clipped here and not there. With the official lambda of
-    1e4, `bound_stiffness` would hold back more than half of the weights less than Eq. 4
-    says: `from_paper` has no bound.
+    The loss is the sum of Eq. 1, d times the official code's, for d features, and so is
+    what `ewc_lambda` and `clip_norm` act on. Under one clip the steps are alike as long
+    as the official gradient is clipped; docs/panda.md has the details.
 
     `from_paper` gives the paper's numbers. With the default network they make
     nearest neighbours worse: under a gradient clipped at 1e-3, weight decay moves the
@@ -249,9 +241,8 @@ None, default="ewc"
         ResNet-152, its blocks 3 and 4 trained, features as they come; SGD at 0.01 (0.1
         for outlier exposure) with momentum 0.9, weight decay 5e-5 (none for outlier
         exposure) and the gradient's norm clipped at 1e-3, for as many mini-batches of
-        32 as the adaptation has in the paper's appendix D. EWC has no bound on its
-        stiffness. But for "ses", no image is held out, so that the threshold is
-        optimistic, as a warning of `fit` says.
+        32 as the adaptation has in the paper's appendix D. But for "ses", no image is
+        held out: the threshold is optimistic, as a warning of `fit` says.
 
         Parameters
         ----------
