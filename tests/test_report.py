@@ -159,7 +159,7 @@ def test_pictures_and_maps(page, textures, detector):
     assert np.abs(picture - textures.X_test[worst][..., None]).mean() < 8
     over = np.asarray(picture_of(images[1]["src"]).convert("RGBA"), dtype=float)
     wanted = detector.anomaly_map(textures.X_test[[worst]])[0]
-    wanted = 255 * np.clip(wanted / (2 * detector.map_offset_), 0, 1)
+    wanted = 255 * np.clip((wanted / detector.map_offset_ - 0.75) / 0.75, 0, 1)
     seen = Image.fromarray(over[..., 3].astype(np.uint8)).resize((32, 32))
     assert np.corrcoef(np.asarray(seen).ravel(), wanted.ravel())[0, 1] > 0.95
 

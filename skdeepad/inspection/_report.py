@@ -310,13 +310,13 @@ def _shown(picture: Picture | None, level: float) -> dict[str, Any] | None:
         return None
     over = None
     if picture.map is not None and level > 0:
-        # transparent where there is nothing; half way, and orange, at the threshold
+        # parts of normal images come near the threshold: what is well below is clear
         strength = np.clip(np.nan_to_num(picture.map) / (2 * level), 0, 1)
         colours = np.empty((*strength.shape, 4))
         colours[..., 0] = 255
         colours[..., 1] = 240 * strength**1.5
         colours[..., 2] = 0
-        colours[..., 3] = 255 * strength
+        colours[..., 3] = 255 * np.clip((strength - 0.375) / 0.375, 0, 1)
         image = Image.fromarray(colours.astype(np.uint8))
         over = _uri(_webp(image, quality=60, alpha_quality=60))
     return {
