@@ -36,12 +36,16 @@ from skdeepad import (
     DeepSVDD,
     DetectorEnsemble,
     GaussianScorer,
+    GEOMDetector,
     KDClonerEstimator,
     KMeansScorer,
     KNNScorer,
     MahalanobisFeatureScorer,
+    MHRotDetector,
+    MSADEstimator,
     PANDAEstimator,
     PatchDetector,
+    RotNetDetector,
 )
 from skdeepad.datasets import load_cifar, load_fashion_mnist, load_image_folder
 from skdeepad.metrics import anomaly_roc_auc_score
@@ -75,8 +79,12 @@ def two_views(late: Callable[..., Any], **options: Any) -> DetectorEnsemble:
 DETECTORS: dict[str, Callable[..., Any]] = {
     "mahalanobis": MahalanobisFeatureScorer,
     "panda": PANDAEstimator,
+    "msad": MSADEstimator,
     "kd-cloner": KDClonerEstimator,
     "deep-svdd": DeepSVDD,
+    "rotnet": RotNetDetector,
+    "mhrot": MHRotDetector,
+    "geom": GEOMDetector,
     "patches": PatchDetector,
     "image-default": image_default,
     "knn": behind_features(KNNScorer),

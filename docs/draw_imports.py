@@ -37,8 +37,10 @@ def imported_rooms(path: Path) -> Iterator[str]:
             continue
         for module in modules:
             top, _, rest = module.partition(".")
-            if top == "skdeepad":
-                yield rest.partition(".")[0]
+            room = rest.partition(".")[0]
+            # names that the package itself offers are of no room
+            if top == "skdeepad" and room in dict(rooms()):
+                yield room
 
 
 def imports() -> dict[str, set[str]]:

@@ -77,6 +77,27 @@ def paper_augmentation(size: tuple[int, int], seed: int) -> Callable[[Tensor], T
     return augment
 
 
+def contrastive_views(size: tuple[int, int], seed: int) -> Callable[[Tensor], Tensor]:
+    """Give what Reiss and Hoshen (2023) do to images, twice, to have two views of each.
+
+    A rectangle of 20 to 100 % of the image, enlarged to the whole; four times in five,
+    brightness, contrast and saturation changed by up to 40 % and hue by a tenth, in
+    random order; grey, one time in five; blurred by a Gaussian of 0.1 to 2 pixels, half
+    of the time; mirrored, half of the time.
+    """
+    from torchvision.transforms import v2
+
+    steps: list[Callable[[Tensor], Tensor]] = [
+        v2.RandomResizedCrop(size, scale=(0.2, 1.0), antialias=True),
+        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+        v2.RandomGrayscale(0.2),
+        # a radius of three standard deviations
+        v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], p=0.5),
+        v2.RandomHorizontalFlip(),
+    ]
+    return EachImage(v2.Compose(steps), seed)
+
+
 class RotationAndScaling:
     """Turn and scale images at random: the paper's setting for few images.
 

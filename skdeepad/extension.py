@@ -24,12 +24,16 @@ from sklearn.utils.estimator_checks import check_estimator
 
 from .detectors._base import BackboneDetector
 from .detectors._maps import AnomalyMapMixin
+from .detectors._shares import PositionShares
 from .detectors._trained import FineTunedDetector
+from .draws import OwnDraws
 
 __all__ = [
     "AnomalyMapMixin",
     "BackboneDetector",
     "FineTunedDetector",
+    "OwnDraws",
+    "PositionShares",
     "check_detector",
 ]
 
@@ -46,7 +50,8 @@ def check_detector(estimator: Any, *, scikit_learn: bool = True) -> None:
     float64, and depend neither on order, neighbours and repetition nor on the form
     in which images are given (grey levels or fractions, channels first or last, files);
     `fit` with a seed leaves the global random numbers alone and can be repeated; a
-    `fit` that fails leaves the detector as it was; pickles score the same; and
+    `fit` that fails leaves the detector as it was; pickles score the same; maps, where
+    there are some, depend on nothing but the image, too; and
     `contamination` is the share of new normal images flagged, within sampling error.
 
     Parameters
@@ -161,10 +166,28 @@ def _check_false_alarms(detector: Any) -> None:
     )
 
 
+def _check_maps(detector: Any) -> None:
+    if not hasattr(detector, "anomaly_map"):
+        return
+    new = _images(6, 1)
+    maps = detector.fit(_images(N_IMAGES, 0)).anomaly_map(new)
+    assert maps.shape == (6, SIDE, SIDE) and maps.dtype == np.float32
+    assert np.isfinite(maps).all() and (np.ptp(maps, axis=(1, 2)) > 0).all()
+    rounding = 1e-4 * np.abs(maps).max()
+    assert_allclose(detector.anomaly_map(new[::-1])[::-1], maps, atol=rounding)
+    assert_allclose(detector.anomaly_map(new[2:3])[0], maps[2], atol=rounding)
+    assert_array_equal(pickle.loads(pickle.dumps(detector)).anomaly_map(new), maps)
+    if not np.isnan(detector.map_offset_):
+        regions = detector.locate(new)
+        assert (regions["decision"] < 0).all()
+        assert (regions["peak"] > detector.map_offset_).all()
+
+
 IMAGE_CHECKS: list[Callable[[Any], None]] = [
     _check_scores,
     _check_forms,
     _check_random_numbers,
     _check_state,
+    _check_maps,
     _check_false_alarms,
 ]

@@ -1,8 +1,10 @@
-"""Which image files a folder holds; torch is not needed."""
+"""Image files of folders, names of files, and files that are whole; no torch."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -57,3 +59,22 @@ def list_images(folder: str | os.PathLike[str], recursive: bool = True) -> list[
             and os.path.isfile(os.path.join(parent, name))
         ]
     return sorted(found)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a path beside `path` to write to, which takes its place once it is whole."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def printable(text: str, allowed: str = "") -> str:
+    """Show what has no shape, such as a line break in a name, as an escape."""
+    return "".join(
+        c if c.isprintable() or c in allowed else repr(c)[1:-1] for c in text
+    )

@@ -102,8 +102,8 @@ def fisher_diagonal(
     -------
     dict of str to Tensor
         For each of the backbone's parameters, by its name, the mean over samples of
-        its squared gradient. (PANDA's official file squares gradients of mini-batches
-        of 32, which gives up to 32 times less.)
+        its squared gradient. PANDA's official file squares gradients of mini-batches
+        of 32, which gives up to 32 times less.
 
     Raises
     ------

@@ -6,6 +6,7 @@ that features depend neither on neighbours nor on place or number.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -317,6 +318,12 @@ class PassOutputs:
         self.augment = augment
         self.kept: Arrays | None = None
 
+    def without_changes(self) -> PassOutputs:
+        """Give the same without augmentation."""
+        plain = copy.copy(self)
+        plain.augment = None
+        return plain
+
     def keep(self, batches: Iterable[Outputs]) -> Iterator[Outputs]:
         """Pass the outputs of all samples on, and keep them if all would fit."""
         n = len(self.inputs)
@@ -408,7 +415,7 @@ def iter_outputs(
     else:
         yield from _look_up(front, inputs, cache, failed, on_error)
     if failed:
-        _report_unreadable(inputs, failed, on_error)
+        report_unreadable(inputs, failed, on_error)
 
 
 def _look_up(
@@ -456,10 +463,11 @@ def _compute(
         if batch.values is not None and not (failed and on_error == "raise"):
             yield batch.index, front.run(batch.values)
     if failed and on_error == "raise":
-        _report_unreadable(inputs, failed, on_error)
+        report_unreadable(inputs, failed, on_error)
 
 
-def _report_unreadable(inputs: Any, failed: dict[int, str], on_error: str) -> None:
+def report_unreadable(inputs: Any, failed: dict[int, str], on_error: str) -> None:
+    """Warn of images that cannot be read, or raise an error."""
     inputs, failed = inputs.of_images(failed)
     index = sorted(failed)
     message = (

@@ -19,6 +19,22 @@ def compactness(features: Tensor, centers: Tensor) -> Tensor:
     return (features - centers).square().sum(dim=1).mean()
 
 
+def mean_shifted_contrastive_loss(
+    features: Tensor, center: Tensor, temperature: float = 0.25
+) -> Tensor:
+    """Tell images apart by their direction from the centre: Reiss and Hoshen (2023).
+
+    Row i of `features` (2 n rows of unit length) is a view of the same image as row i +
+    n. With ``theta = (f - c) / ||f - c||``, the mean over rows of ``-log(exp(theta_i .
+    theta_i' / tau) / sum_{j != i} exp(theta_i . theta_j / tau))``, i' the other view.
+    """
+    theta = F.normalize(features - center)
+    similar = theta @ theta.T / temperature
+    itself = torch.eye(len(theta), dtype=torch.bool, device=theta.device)
+    other_view = torch.arange(len(theta), device=theta.device).roll(len(theta) // 2)
+    return F.cross_entropy(similar.masked_fill(itself, -torch.inf), other_view)
+
+
 def elastic_penalty(
     parameters: Iterable[Tensor], initial: Iterable[Tensor], stiffness: Iterable[Tensor]
 ) -> Tensor:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from multiprocessing import parent_process
 from time import monotonic
 from typing import Self
@@ -19,6 +22,17 @@ LONG = 10.0  # seconds: what takes longer is told where there is no bar
 
 logger = logging.getLogger("skdeepad")
 _told: set[str] = set()
+_silent: ContextVar[bool] = ContextVar("silent", default=False)
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Show nothing of what is part of something whose progress is shown."""
+    token = _silent.set(True)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
 
 
 def is_watched() -> bool:
@@ -49,11 +63,12 @@ class Progress:
         self, total: int, unit: str, name: str, verbose: bool | int | str
     ) -> None:
         automatic = verbose == "auto"
-        shown = is_watched() if automatic else bool(verbose)
+        silent = automatic and _silent.get()
+        shown = is_watched() and not silent if automatic else bool(verbose)
         delay = DELAY if automatic else 0.0
         self.total, self.unit, self.name = total, unit, name
         self.done = 0
-        self.silent = shown or not automatic or name in _told
+        self.silent = shown or silent or not automatic or name in _told
         self.start = monotonic()
         self.bar: tqdm = auto.tqdm(
             total=total, unit=unit, desc=name, disable=not shown, delay=delay

@@ -50,6 +50,7 @@ from skdeepad import (
     OneClassKFold,
     PANDAEstimator,
 )
+from skdeepad.detectors._transformations import TransformationDetector
 from skdeepad.metrics import anomaly_roc_auc
 
 pytestmark = pytest.mark.xdist_group("searches")  # each is done once
@@ -63,16 +64,20 @@ CHOICES = {
     "DeepSAD": {"learning_rate": [1e-4, 1e-2]},
     "DeepSVDD": {"learning_rate": [1e-4, 1e-2]},
     "DetectorEnsemble": {"weights": [[1, 0], [0, 1]]},
+    "GEOMDetector": {"density": ["dirichlet", "none"]},
     "GaussianScorer": {"covariance": ["diagonal", "oas"]},
     "HSCClassifier": {"objective": ["hsc", "bce"]},
     "KDClonerEstimator": {"loss": ["value", "direction"]},
     "KMeansScorer": {"n_clusters": [1, 4]},
     "KNNScorer": {"n_neighbors": [1, 5]},
     "MahalanobisFeatureScorer": {"stages": ["stage1", "stage2"]},
+    "MHRotDetector": {"learning_rate": [1e-4, 1e-1]},
+    "MSADEstimator": {"learning_rate": [1e-6, 30.0]},
     "OpenSetClassifier": {"head": ["linear", "cosine"]},
     "PANDAEstimator": {"normalize": [True, False]},
     "PatchDetector": {"metric": ["cosine", "euclidean"]},
     "RobustDetector": {"estimator__stages": ["stage1", "stage2"]},
+    "RotNetDetector": {"learning_rate": [1e-4, 1e-1]},
 }
 BUDGETS = {"max_steps": 2, "pretrain_steps": 1, "batch_size": 8, "random_state": 0}
 # images first: loky starts a process anew that grows much after its first tasks
@@ -99,6 +104,9 @@ def pipeline(public, kind):
     if kind != "vectors" and not sees_images:
         options = {**BUDGETS, **network, "stages": "stage2"}
         steps.append(("features", make(BackboneFeatures, **options)))
+    if kind != "vectors" and issubclass(public, TransformationDetector):
+        # up to 72 passes for each image: small ones, a network from scratch
+        network = {"image_size": 8, "trainable_stages": "stage3"}
     steps.append(("it", make(public, **BUDGETS, **network)))
     if public is BackboneFeatures:
         steps.append(("scorer", KNNScorer()))

@@ -214,7 +214,9 @@ def test_one_pass_for_all_stages(textures, passes):
     ]  # fmt: skip
     ensemble = DetectorEnsemble(members[:-1]).fit(textures.X_train)
     together = ("stage2", "stage4", "stage6")
-    assert passes == {together: 24, ("stage2",): 24}
+    # and once more for the threshold on maps that the third learns
+    for_maps = ("stage2", "stage2", "stage4", "stage4", "stage6")
+    assert passes == {together: 24, ("stage2",): 24, for_maps: 24}
     passes.clear()
     scores = ensemble.score_samples(textures.X_test)
     assert passes == {together: 16, ("stage2",): 16}
@@ -349,3 +351,31 @@ def test_one_alarm_is_enough():
         assert flagged[100:].mean() < 0.15
         found[combine] = flagged[:100].mean()
     assert found["max"] > 0.8 > 0.75 > found["mean"]
+
+
+# maps
+
+
+def test_maps_of_members_over_their_thresholds(textures):
+    options = {"image_size": 32, "random_state": 0}
+    members = [
+        ("patches", PatchDetector(**options)),
+        ("whole", MahalanobisFeatureScorer(stages="stage2", **options)),
+    ]
+    ensemble = DetectorEnsemble(members, weights=[3, 1]).fit(textures.X_train)
+    patches, whole = ensemble.estimators_
+    maps = [m.anomaly_map(textures.X_test) / m.map_offset_ for m in (patches, whole)]
+    expected = 0.75 * maps[0] + 0.25 * maps[1]
+    found = ensemble.anomaly_map(textures.X_test)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert ensemble.map_offset_ == 1
+    whole.map_offset_ = np.nan
+    with pytest.raises(ValueError, match="'whole' have the threshold nan"):
+        ensemble.anomaly_map(textures.X_test)
+
+
+def test_there_are_no_maps_without_those_of_all_members():
+    ensemble = DetectorEnsemble(MEMBERS).fit(X)
+    assert np.isnan(ensemble.map_offset_)
+    assert not hasattr(ensemble, "anomaly_map")
+    assert not hasattr(DetectorEnsemble(), "anomaly_map")

@@ -43,31 +43,32 @@ def test_the_page_runs(code, names, photos):
 
 
 def test_the_method_is_checked_whole(code, names):
-    assert "check_detector(MeanShiftedContrastive(max_steps=5))" in code[2]
+    assert "check_detector(NoisyFeatures(max_steps=5))" in code[2]
     exec(code[2], names)
 
 
 def test_loss_by_hand(names):
-    """Two images, two views: against the sum that the paper writes down."""
-    z = np.random.default_rng(0).normal(size=(4, 3))
-    unit = z / np.linalg.norm(z, axis=1, keepdims=True)
-    center = np.array([0.1, 0.2, -0.3])
-    theta = unit - center
-    theta /= np.linalg.norm(theta, axis=1, keepdims=True)
-    expected = 0.0
-    for i in range(4):
-        others = sum(np.exp(theta[i] @ theta[j] / 0.25) for j in range(4) if j != i)
-        expected -= np.log(np.exp(theta[i] @ theta[(i + 2) % 4] / 0.25) / others) / 4
+    """Margins that a network gives, against the hinge loss that the paper has."""
+    f = np.array([[1.0, 2.0], [3.0, -1.0]])
+    drawn = torch.Generator().manual_seed(3)
+    noise = torch.randn(2, 2, generator=drawn, dtype=torch.float64).numpy()
+    margins = np.r_[f, f + 0.5 * np.array([1.0, 4.0]) * noise].sum(axis=1) / 4
+    terms = np.maximum(0, 0.5 - margins[:2]), np.maximum(0, 0.5 + margins[2:])
 
-    detector = names["MeanShiftedContrastive"]()
-    detector._network = torch.nn.Identity()
+    detector = names["NoisyFeatures"](noise=0.5, batch_size=2)
+    detector._network = network = torch.nn.Identity()
+    network.features = lambda x: x
+    network.projection = lambda x: x.sum(dim=1, keepdim=True) / 4
     outputs = SimpleNamespace(
         front=SimpleNamespace(device="cpu"),
-        batches=lambda index: [(index, [torch.from_numpy(z)])],
+        batches=lambda index: [(index, [torch.from_numpy(f)])],
     )
-    rng = np.random.RandomState(0)
-    losses = detector._losses(outputs, np.arange(2), torch.from_numpy(center), rng)
-    assert next(losses).item() == pytest.approx(expected)
+    losses = detector._losses(
+        outputs, np.arange(2), torch.tensor([1.0, 4.0]), np.random.RandomState(0)
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        assert next(losses).item() == pytest.approx(terms[0].mean() + terms[1].mean())
 
 
 class Forgetful(MahalanobisFeatureScorer):

@@ -25,6 +25,7 @@ from skdeepad.inspection import (
     LossCurveDisplay,
     ScoreHistogramDisplay,
 )
+from skdeepad.inspection._comparison import COLUMNS
 from skdeepad.localization import regions_above
 from skdeepad.metrics import aupro_score, pixel_roc_auc_score
 
@@ -404,7 +405,7 @@ def test_comparison_of_detectors():
         lambda: ScoreHistogramDisplay.from_estimator(SimpleNamespace(), None),
         lambda: AnomalyRocCurveDisplay.from_predictions([1, -1], [0.5, 0.1]),
         lambda: LossCurveDisplay.from_predictions([0.5, 0.1]),
-        lambda: DetectorComparisonDisplay(table=None).plot(),
+        lambda: DetectorComparisonDisplay(table={name: [] for name in COLUMNS}).plot(),
     ],
 )
 def test_matplotlib_is_asked_for(monkeypatch, draw):

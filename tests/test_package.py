@@ -60,6 +60,7 @@ METHODS = {
 }
 
 # Imports run downwards only: each room stands on rooms of the lines below it.
+TOP = [("command",), ("inspection",)]  # they put the rest together
 HOUSE = [
     ("extension", "persistence", "representation"),
     ("conformal",),
@@ -73,10 +74,10 @@ HOUSE = [
 ]
 # around the estimators, which know nothing of them; on the same ground
 BESIDE = [
-    ("inspection", "model_selection"),
+    ("model_selection",),
     ("datasets", "metrics"),
     ("inputs", "labels"),
-    ("checks", "files"),
+    ("checks", "files", "parameters"),
 ]
 
 
@@ -110,7 +111,7 @@ def test_imports_wait_until_they_are_needed(statement, absent):
 
 
 def test_every_room_has_its_place():
-    placed = [room for line in HOUSE + BESIDE[:-2] for room in line]
+    placed = [room for line in TOP + HOUSE + BESIDE[:-2] for room in line]
     assert sorted(placed) == sorted({room for room, _ in rooms()})
 
 
@@ -119,7 +120,7 @@ def test_every_room_has_its_place():
     [pytest.param(*r, id=str(r[1].relative_to(ROOT))) for r in rooms()],
 )
 def test_imports_run_downwards(room, path):
-    for lines in (HOUSE, BESIDE):
+    for lines in (TOP + HOUSE + BESIDE, HOUSE, BESIDE):
         for depth, line in enumerate(lines):
             if room in line:
                 below = {other for lower in lines[depth + 1 :] for other in lower}
@@ -164,7 +165,11 @@ def test_project_file():
     file = Path(__file__).parents[1] / "pyproject.toml"
     project = tomllib.loads(file.read_text(encoding="utf-8"))
     assert project["project"]["version"] == skdeepad.__version__
-    assert project["tool"]["setuptools"]["package-data"]["skdeepad"] == ["py.typed"]
+    assert project["project"]["scripts"] == {"skdeepad": "skdeepad.command:main"}
+    assert project["tool"]["setuptools"]["package-data"]["skdeepad"] == [
+        "py.typed",
+        "inspection/*.jinja",
+    ]
 
 
 # docstrings

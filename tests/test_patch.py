@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
+from scipy.linalg import block_diag
+from scipy.spatial.distance import cdist
+from sklearn.covariance import ShrunkCovariance
 from sklearn.neighbors import LocalOutlierFactor
 from torch import nn
 from torch.nn import functional as F
@@ -113,6 +117,44 @@ def test_cosine_distance_is_averaged_over_stages():
     assert_allclose(detector.score_samples(NEW), -expected, rtol=1e-4)
 
 
+def compressed(patches):
+    """Patches of two stages, of four and six features, at about the same length."""
+    parts = []
+    for stage in (slice(0, 4), slice(4, 10)):
+        x, mean = patches[..., stage], np.square(described(X)[..., stage]).sum(2).mean()
+        parts.append(x / np.sqrt(np.square(x).sum(axis=-1, keepdims=True) + mean))
+    return np.concatenate(parts, axis=-1)
+
+
+def mahalanobis(patches, rows):
+    """Distances to the nearest row, by scikit-learn's covariance and SciPy."""
+    blocks = [ShrunkCovariance().fit(b).precision_ for b in np.split(rows, [4], axis=1)]
+    return cdist(patches, rows, "mahalanobis", VI=block_diag(*blocks)).min(axis=1)
+
+
+def test_mahalanobis_distance_is_whitened_stage_by_stage():
+    detector = make(n_patches=10_000, metric="mahalanobis", aggregation="max").fit(X)
+    rows, new = compressed(described(X).reshape(-1, 10)), compressed(described(NEW))
+    expected = [mahalanobis(patches, rows).max() for patches in new]
+    assert_allclose(detector.score_samples(NEW), -np.array(expected), rtol=1e-4)
+    memory = detector._density  # without a fold, its patches are in nothing
+    memory.settle(without=2)
+    rows = [c.rows for k, c in enumerate(memory.coresets) if k != 2]
+    rows = compressed(np.concatenate(rows).astype(np.float64))
+    found = memory.score(described(NEW)[:1].astype(np.float32))
+    assert_allclose(found[0], mahalanobis(new[0], rows), rtol=1e-4)
+
+
+def test_mahalanobis_of_what_does_not_vary():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        flat = np.ones((24, 16, 16)) * RNG.rand(24, 1, 1)
+        same = make(metric="mahalanobis").fit(flat)
+        black = make(metric="mahalanobis").fit(np.zeros((24, 16, 16)))
+    for detector in (same, black):
+        assert np.isfinite(detector.score_samples(NEW)).all()
+
+
 def test_positions_are_scaled_by_their_held_out_scores():
     plain = make(n_patches=10_000).fit(X)
     scaled = make(n_patches=10_000, scale_positions=True).fit(X)
@@ -122,7 +164,7 @@ def test_positions_are_scaled_by_their_held_out_scores():
     memory = scaled._density
     for k, coreset in enumerate(memory.coresets):
         for i in range(24):
-            if np.abs(coreset.parts[0] - rows[i, 0]).sum(axis=1).min() < 1e-4:
+            if np.abs(coreset.rows - rows[i, 0]).sum(axis=1).min() < 1e-4:
                 folds[i] = k
     held_out = np.empty((24, 64))
     for i in range(24):
@@ -201,18 +243,48 @@ def test_coreset_in_a_projection_covers_as_well():
     assert radius(k_centre(rows, 60)) < 1.25 * radius(naive(rows, 60))
 
 
+def test_coreset_of_few_rows_is_the_greedy_one():
+    rows = RNG.randn(200, 4).astype(np.float32)
+    coreset = Coreset(50, 4)
+    for part in np.array_split(rows, 3):
+        coreset.add(part)
+    coreset.reduce()
+    assert_array_equal(coreset.rows, rows[naive(rows, 50)])
+    whitened, stretch = Coreset(50, 4), np.diag([9, 1, 1, 1]).astype(np.float32)
+    whitened.add(rows)
+    whitened.reduce(lambda part: part @ stretch)
+    assert_array_equal(whitened.rows, rows[naive(rows @ stretch, 50)])
+
+
 def test_coreset_of_a_stream_is_bounded_and_covers():
     rows = RNG.randn(3000, 4).astype(np.float32)
-    coreset = Coreset(50)
+    coreset = Coreset(50, 4)
     for part in np.array_split(rows, 30):
         coreset.add(part)
-        assert len(coreset) <= 20 * 50 + len(part)
-    kept = coreset.reduce()
-    assert len(kept) == 50
-    radius = np.linalg.norm(rows[:, None] - kept, axis=2).min(axis=1).max()
+        assert len(coreset) <= 5 * 50
+        if RNG.rand() < 0.3:
+            coreset.reduce()
+    coreset.reduce()
+    assert len(coreset) == 50
+    radius = np.linalg.norm(rows[:, None] - coreset.rows, axis=2).min(axis=1).max()
     whole = rows[k_centre(rows, 50)]
     best = np.linalg.norm(rows[:, None] - whole, axis=2).min(axis=1).max()
-    assert radius < 3 * best  # k-centres of k-centres
+    assert radius < 3 * best
+
+
+@pytest.mark.parametrize("n_parts", [1, 20])
+def test_outliers_do_not_fill_a_coreset(n_parts):
+    rows = RNG.randn(10_000, 4).astype(np.float32)
+    outliers = RNG.permutation(len(rows))[:100]  # a hundredth
+    rows[outliers] = 1000 * RNG.randn(100, 4)
+    coreset = Coreset(100, 4)
+    for part in np.array_split(rows, n_parts):
+        coreset.add(part)
+    coreset.reduce()
+    far = np.linalg.norm(coreset.rows, axis=1) > 10
+    assert 1 <= far.sum() <= 10  # four expected
+    greedy = rows[k_centre(rows, 100)]
+    assert np.mean(np.linalg.norm(greedy, axis=1) > 10) > 0.8
 
 
 def test_memory_is_capped_in_patches():
@@ -260,6 +332,17 @@ def test_maps_have_a_threshold():
 
 
 # ---------------------------------------------------------------------- parts of data
+
+
+def test_parts_under_mahalanobis_distance():
+    """The lengths that features are brought to are those of the first part."""
+    same = {"metric": "mahalanobis", "n_patches": 100_000}
+    whole = make(**same).fit(X)
+    parts = make(**same).partial_fit(X[:12]).partial_fit(X[12:])
+    merged = make(**same).fit(X[:12]).merge([make(**same).fit(X[12:])])
+    for other in (parts, merged):
+        assert_allclose(other.score_samples(NEW), whole.score_samples(NEW), rtol=0.05)
+        assert (other.score_samples(X) < -0.01).all()  # held out
 
 
 def test_partial_fit_and_merge():
@@ -341,7 +424,7 @@ def test_default_stages():
         for name in ("efficientnet_lite0", "wide_resnet50_2", "resnet18")
     }
     assert found["wide_resnet50_2"] == found["resnet18"] == ("stage2", "stage3")
-    assert found["efficientnet_lite0"] == ("stage3", "stage5")
+    assert found["efficientnet_lite0"] == ("stage3", "stage4", "stage5")
 
 
 @pytest.mark.parametrize(
@@ -372,7 +455,8 @@ def test_tokens_and_vectors_are_maps_too():
 
 @pytest.mark.parametrize("scorer", ["memory", "gaussian"])
 def test_saved_and_loaded(tmp_path, scorer):
-    detector = make(scorer=scorer, mask=np.eye(16) + 1).fit(X)
+    options = {"scorer": scorer, "metric": "mahalanobis", "mask": np.eye(16) + 1}
+    detector = make(**options).fit(X)
     skdeepad.save(detector, tmp_path / "detector.skdeepad")
     again = skdeepad.load(tmp_path / "detector.skdeepad")
     assert_array_equal(again.score_samples(NEW), detector.score_samples(NEW))

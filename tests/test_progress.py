@@ -86,3 +86,18 @@ def test_pretraining_has_its_own_progress(caplog, capfd):
     shown = capfd.readouterr().err
     assert "DeepSVDD pretraining: 100%" in shown
     assert "DeepSVDD training: 100%" in shown
+
+
+def test_parts_of_something_are_silent(monkeypatch, caplog, capfd):
+    """A part says nothing of its own, unless it was asked for."""
+    with progress.silence():
+        run(100)
+    assert not caplog.records
+    monkeypatch.setattr(progress, "is_watched", lambda: True)
+    monkeypatch.setattr(progress, "DELAY", 0.0)
+    with progress.silence():
+        run(100, name="quiet")
+        run(100, verbose=True, name="asked for")
+    run(100, name="afterwards")
+    shown = capfd.readouterr().err
+    assert "quiet" not in shown and "asked for" in shown and "afterwards" in shown

@@ -8,6 +8,7 @@ from estimators import PUBLIC, make
 from sklearn.base import OutlierMixin
 from threadpoolctl import threadpool_limits
 
+import skdeepad
 from skdeepad import BackboneFeatures, DetectorEnsemble, KNNScorer, OpenSetClassifier
 from skdeepad.base import threshold_below
 
@@ -16,7 +17,9 @@ DETECTORS = [public for public in PUBLIC if issubclass(public, OutlierMixin)]
 SCORERS = [
     public for public in DETECTORS if public.__module__.startswith("skdeepad.sc")
 ]
-ON_IMAGES = [public for public in DETECTORS if public not in SCORERS]
+# of three that have all of their code in common, RotNet is the quickest
+ALIKE = [skdeepad.GEOMDetector, skdeepad.MHRotDetector]
+ON_IMAGES = [public for public in DETECTORS if public not in SCORERS + ALIKE]
 
 
 def splits(scores, X):

@@ -104,7 +104,18 @@ class Backbone(nn.Module):
         return blocks or self.stage_names
 
     def normalize(self, x: Tensor) -> Tensor:
-        """Give images in [0, 1] the channels and the scale that training had."""
+        """Give images the channels and the scale that training had.
+
+        Parameters
+        ----------
+        x : Tensor of shape (n, channels, height, width) or (n, n_features)
+            Images in [0, 1], or vectors, which stay as they are.
+
+        Returns
+        -------
+        Tensor
+            What the first stage takes.
+        """
         if self.vectors:
             return x
         if self.in_channels == 3 and x.shape[1] == 1:
@@ -146,18 +157,46 @@ class Backbone(nn.Module):
         return outputs
 
     def as_map(self, output: Tensor) -> Tensor:
-        """Lay a stage's output out as ``(n, channels, height, width)``."""
+        """Lay a stage's output out as a map.
+
+        Parameters
+        ----------
+        output : Tensor
+            What a stage gives, such as the tokens of a vision transformer.
+
+        Returns
+        -------
+        Tensor of shape (n, channels, height, width)
+            The same by position; outputs without positions stay as they are.
+        """
         return self.to_map(output) if self.to_map and output.ndim > 2 else output
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run all stages and the head, if there is one."""
+        """Run all stages and the head, if there is one.
+
+        Parameters
+        ----------
+        x : Tensor of shape (n, channels, height, width) or (n, n_features)
+            Images in [0, 1], or vectors.
+
+        Returns
+        -------
+        Tensor
+            The logits, or the last stage's output where there is no head.
+        """
         x = self.normalize(x)
         for stage in self.stages.values():
             x = stage(x)
         return x if self.head is None else self.head(x)
 
     def probe(self) -> list[Tensor]:
-        """Give outputs for a random sample, always the same one."""
+        """Run all stages on a random sample, always the same one.
+
+        Returns
+        -------
+        list of Tensor
+            The output of each stage, for one sample.
+        """
         shape: tuple[int, ...] = (self.in_channels or 3,)
         if not self.vectors:
             shape = (*shape, *(self.input_size or (64, 64)))
@@ -166,7 +205,25 @@ class Backbone(nn.Module):
     def check_stages(
         self, names: Iterable[str], parameter: str = "stages"
     ) -> tuple[str, ...]:
-        """Return the names in the order of the row, or say which is unknown."""
+        """Put names of stages in the order in which the stages run.
+
+        Parameters
+        ----------
+        names : iterable of str
+            Names of stages.
+        parameter : str, default="stages"
+            The parameter that an error blames.
+
+        Returns
+        -------
+        tuple of str
+            The names, in order, each once.
+
+        Raises
+        ------
+        ValueError
+            If there is no name, or one that is not a stage's.
+        """
         names = set(names)
         unknown = sorted(names - set(self.stages))
         if unknown or not names:
@@ -177,7 +234,13 @@ class Backbone(nn.Module):
         return tuple(name for name in self.stages if name in names)
 
     def frozen(self) -> Self:
-        """Put it in evaluation mode, out of gradients' reach, and return it."""
+        """Put it in evaluation mode, and switch gradients off.
+
+        Returns
+        -------
+        Backbone
+            The backbone itself.
+        """
         return self.eval().requires_grad_(False)
 
     def shared(self, loader: Callable[..., Backbone], *args: Any) -> Backbone:
@@ -185,12 +248,40 @@ class Backbone(nn.Module):
 
         It is pickled and copied as that call: a pickle stays small, and ten
         detectors in a process hold one set of weights. Train on a `clone`.
+
+        Parameters
+        ----------
+        loader : callable
+            A function of a module, which a pickle can name.
+        *args
+            Its arguments.
+
+        Returns
+        -------
+        Backbone
+            The backbone itself, frozen.
         """
         self._loader = loader, args
         return self.frozen()
 
+    def unnormalized(self) -> Backbone:
+        """Give the same stages, without a head, for images as they are in [0, 1]."""
+        return Backbone(
+            dict(self.stages.items()),
+            input_size=self.input_size,
+            in_channels=self.in_channels,
+            vectors=self.vectors,
+            to_map=self.to_map,
+        ).frozen()
+
     def clone(self) -> Self:
-        """Copy the weights, so that the copy may be trained or moved."""
+        """Copy the weights, so that the copy may be trained or moved.
+
+        Returns
+        -------
+        Backbone
+            The copy.
+        """
         new = type(self).__new__(type(self))
         new.__dict__ = copy.deepcopy(self.__dict__)
         new._loader = None
@@ -241,6 +332,10 @@ class Versions(Backbone):
         super().__init__(versions, in_channels=input_shape[0], to_map=to_map)
         self.input_size = input_shape[1:] if len(input_shape) == 3 else None
         self.vectors = len(input_shape) == 1
+
+    def routes(self) -> list[list[tuple[str, nn.Module]]]:
+        """Give each version's stages, by their names."""
+        return [list(version.named_children()) for version in self.stages.values()]
 
     def forward(self, x: Tensor) -> Tensor:
         """Give the features by each version, side by side."""

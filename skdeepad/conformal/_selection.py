@@ -33,7 +33,7 @@ def select_anomalies(
     Parameters
     ----------
     p : array-like of shape (n_samples,)
-        p-values of samples that are judged together, such as those of one night, in
+        P-values of samples that are judged together, such as those of one night, in
         (0, 1]. Samples whose p-value is NaN are not selected, and do not count.
     alpha : float, default=0.1
         The false discovery rate, in (0, 1).

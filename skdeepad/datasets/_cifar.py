@@ -91,6 +91,8 @@ def load_cifar(
     Returns
     -------
     bunch : :class:`~sklearn.utils.Bunch`
+        The data, with these entries.
+
         images : ndarray of shape (n_images, 32, 32, 3), uint8
             Red, green and blue, 0 to 255.
         target : ndarray of shape (n_images,), int64

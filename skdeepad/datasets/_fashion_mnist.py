@@ -144,6 +144,8 @@ def load_fashion_mnist(
     Returns
     -------
     bunch : :class:`~sklearn.utils.Bunch`
+        The data, with these entries.
+
         images : ndarray of shape (n_images, 28, 28), uint8
             Grey levels 0 (background) to 255.
         target : ndarray of shape (n_images,), int64

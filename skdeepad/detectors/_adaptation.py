@@ -119,12 +119,12 @@ class Adaptation:
         return [values.to(self.device) for values in found]
 
     def ewc(
-        self, fisher: list[Tensor], ewc_lambda: float, learning_rate: float
+        self, fisher: list[Tensor], ewc_lambda: float, stiffest: float
     ) -> Iterator[Tensor]:
-        """Eq. 4; no spring is stiffer than gradient descent at this rate can follow."""
+        """Eq. 4, lambda times F no larger than `stiffest`."""
         parameters = list(self.trained.values())
         initial = [parameter.detach().clone() for parameter in parameters]
-        stiffness = [(ewc_lambda * f).clamp(max=1 / learning_rate) for f in fisher]
+        stiffness = [(ewc_lambda * f).clamp(max=stiffest) for f in fisher]
         for loss in self.compactness():
             yield loss + elastic_penalty(parameters, initial, stiffness)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -17,6 +18,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval
 from torch import Tensor
 
+from ..backbones import Backbone
 from ..base import AnomalyDetector, check_groups, keep_state_on_error, known_normal
 from ..draws import each_with_own_draws
 from ..features import BackboneEstimator
@@ -181,8 +183,10 @@ class TrainedDetector(BackboneDetector):
     learning_rate : float, default=0.001
         Of Adam.
     validation_fraction : float, default=0.1
-        Share of the normal images that is not trained on, in (0, 0.5): they set the
-        threshold. At least 40 images, or a third of fewer than 120.
+        Share of the normal images that is not trained on, in [0, 0.5): they set the
+        threshold. At least 40 images, or a third of fewer than 120. 0: all are
+        trained on, as in the papers, and the threshold is optimistic: more new normal
+        images are flagged than `contamination` says; a warning tells so.
     max_cache_bytes : int, default=2**30
         The outputs of the frozen stages for the training images (the images, if no
         stage is frozen) are kept in memory if they take no more than this, and
@@ -192,7 +196,7 @@ class TrainedDetector(BackboneDetector):
 
     Attributes
     ----------
-    loss_curve_ : ndarray of shape (n_iter_,)
+    loss_curve_ : ndarray of shape (n_steps,)
         The loss of each mini-batch.
     n_iter_ : int
         Number of steps taken.
@@ -211,7 +215,7 @@ class TrainedDetector(BackboneDetector):
     _parameter_constraints: ClassVar = {
         "max_steps": [Interval(Integral, 1, None, closed="left")],
         "learning_rate": [Interval(Real, 0, None, closed="neither")],
-        "validation_fraction": [Interval(Real, 0, 0.5, closed="neither")],
+        "validation_fraction": [Interval(Real, 0, 0.5, closed="left")],
         "max_cache_bytes": [Interval(Integral, 0, None, closed="left")],
     }
 
@@ -238,6 +242,26 @@ class TrainedDetector(BackboneDetector):
                 f"Training diverged: {error} after {n_taken} steps. Lower "
                 "learning_rate, or scale X."
             ) from error
+
+
+def stages_to_adapt(backbone: Backbone, given: Any) -> tuple[str, ...]:
+    """Name the stages that are adapted: those given, or (None) the last two.
+
+    "pool" is not counted, and "conv_head", where there is one, goes with the last.
+    """
+    names = backbone.stage_names
+    if given is None:
+        first = names.index(backbone.block_names[-2:][0])
+        chosen = tuple(name for name in names[first:] if name != "pool") or names
+    else:
+        given = (given,) if isinstance(given, str) else given
+        chosen = backbone.check_stages(given, "trainable_stages")
+    if not any(list(backbone.stages[name].parameters()) for name in chosen):
+        raise ValueError(
+            f"trainable_stages={chosen} have no weights to train. Choose stages with "
+            "layers that learn."
+        )
+    return chosen
 
 
 def find_related(
@@ -267,9 +291,20 @@ def hold_out(
     """Choose the images that are not trained on: a fraction of them.
 
     There are at least 40, or a third of fewer than 120. Of those that are `related`,
-    which have the same number, all are held out, or none.
+    which have the same number, all are held out, or none. A fraction of 0 holds none
+    out, with a warning.
     """
     n = len(related)
+    if not fraction:
+        warnings.warn(
+            "validation_fraction=0 trains on all images, so that the threshold is set "
+            "by images that were trained on: more new normal images will be flagged "
+            "than contamination says. Set validation_fraction=0.1 for a threshold "
+            "that holds.",
+            UserWarning,
+            stacklevel=2,
+        )
+        return np.zeros(n, dtype=bool)
     n_held_out = max(int(np.ceil(fraction * n)), min(MIN_HELD_OUT, n // 3))
     shuffled = related[rng.permutation(n)]
     found, first, sizes = np.unique(shuffled, return_index=True, return_counts=True)
@@ -285,8 +320,10 @@ def as_unseen(
 
     Training draws its samples nearer than it draws new ones, which would put the
     threshold too near. Distances are stretched, other scores are shifted, until the
-    means agree.
+    means agree. Without unseen samples there is no level to bring them to.
     """
+    if not len(unseen):
+        return trained
     if trained.max() <= 0 and unseen.max() <= 0 and trained.mean() < 0:
         return trained * (unseen.mean() / trained.mean())
     return trained + (unseen.mean() - trained.mean())
@@ -299,7 +336,10 @@ def by_rank_as_unseen(
 
     Where training brings its samples to nearly one score, as with fewer samples than
     features, no stretching gives them the spread of new ones. Only their order is kept.
+    Without unseen samples scores stay as they are.
     """
+    if not len(unseen):
+        return trained
     known = np.sort(unseen)
     below = 2 * known[0] - known[min(1, len(known) - 1)]
     ranks = rankdata(trained) / (len(trained) + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from numbers import Real
 from typing import Any, ClassVar, Self
@@ -34,7 +35,8 @@ class DeepSAD(SphereDetector):
     Parameters
     ----------
     backbone : str, torch.nn.Module or callable, default="auto"
-        As in `DeepSVDD`. "fashion_mnist_lenet" and "mnist_lenet" are the paper's.
+        As in `DeepSVDD`. The paper's are "svdd_mnist_lenet", "fashion_mnist_lenet" and
+        "svdd_cifar10_lenet".
     eta : float, default=1.0
         Weight of labelled images, above 0.
     balanced : bool, default=True
@@ -43,8 +45,10 @@ class DeepSAD(SphereDetector):
         the terms anew. False: mini-batches are drawn from all images, as in [1]_.
     validation_fraction : float, default=0.1
         Share of the images that are not known anomalies that is not trained on, in
-        (0, 0.5): they set the threshold. At least 40 images, or a third of fewer
-        than 120.
+        [0, 0.5): they set the threshold. At least 40 images, or a third of fewer
+        than 120. 0: all are trained on, as in the paper, and the threshold is
+        optimistic: more new normal images are flagged than `contamination` says; a
+        warning tells so.
     batch_size : int, default=128
         Images in a mini-batch; twice as many where it is `balanced`.
 
@@ -85,6 +89,51 @@ class DeepSAD(SphereDetector):
         "eta": [Interval(Real, 0, None, closed="neither")],
         "balanced": ["boolean"],
     }
+
+    @classmethod
+    def from_paper(cls, dataset: str = "mnist", **changes: Any) -> Any:
+        """Make the detector with the numbers of the paper and its official code.
+
+        As many steps as 150 epochs of the images of one class have, in mini-batches
+        of 128 drawn from all images: 6,000 of "mnist" or "fashion_mnist", 5,000 of
+        "cifar10"; as many for the autoencoder. Images are in [0, 1], as they are. No
+        image is held out, so that the threshold is optimistic, as a warning of `fit`
+        says.
+
+        Parameters
+        ----------
+        dataset : {"mnist", "fashion_mnist", "cifar10"}, default="mnist"
+            Whose network and schedule.
+        **changes
+            Parameters that are to be otherwise.
+
+        Returns
+        -------
+        DeepSAD
+            Not fitted.
+        """
+        networks = {
+            "mnist": ("svdd_mnist_lenet", 6000),
+            "fashion_mnist": ("fashion_mnist_lenet", 6000),
+            "cifar10": ("svdd_cifar10_lenet", 5000),
+        }
+        if dataset not in networks:
+            raise ValueError(
+                f"dataset={dataset!r} is not one of {', '.join(networks)}."
+            )
+        backbone, n_images = networks[dataset]
+        n_steps = 150 * math.ceil(n_images / 128)
+        paper = {
+            "backbone": backbone,
+            "balanced": False,
+            "learning_rate": 1e-4,
+            "pretrain_steps": n_steps,
+            "pretrain_milestones": (50 / 150,),
+            "max_steps": n_steps,
+            "milestones": (50 / 150,),
+            "validation_fraction": 0,
+        }
+        return cls(**{**paper, **changes})
 
     def fit(
         self, X: Any, y: ArrayLike | None = None, groups: ArrayLike | None = None

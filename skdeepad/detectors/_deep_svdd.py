@@ -24,6 +24,7 @@ from ..inputs import Vectors, chunks
 from ..objectives import compactness, soft_boundary_loss
 from ..training import batchnorm_batches
 from ._base import TrainingSamples
+from ._shares import OutputShares
 from ._trained import ObjectiveDetector
 
 N_SPHERE_OUTPUTS = 32  # where the last layer of a network is not linear
@@ -40,7 +41,7 @@ def away_from_zero(center: NDArray[np.float32]) -> NDArray[np.float32]:
     )
 
 
-class SphereDetector(ObjectiveDetector):
+class SphereDetector(OutputShares, ObjectiveDetector):
     """Base of the detectors that draw images to a centre, with a network from scratch.
 
     The centre is where the untrained network has them on average. A network with
@@ -65,8 +66,11 @@ class SphereDetector(ObjectiveDetector):
         which take longer. The paper: 150 epochs.
     learning_rate : float, default=0.001
         Of Adam, for both. The paper's is 0.0001.
+    pretrain_milestones : sequence of float, default=(2 / 3,)
+        At these shares of `pretrain_steps`, in (0, 1), the learning rate of the
+        autoencoder falls to a tenth.
     milestones : sequence of float, default=(2 / 3,)
-        At these shares of the steps, in (0, 1), the learning rate falls to a tenth.
+        The same for `max_steps`. The papers': after 50 of 150 epochs.
     weight_decay : float, default=5e-7
         Of Adam, for the objective.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
@@ -76,7 +80,7 @@ class SphereDetector(ObjectiveDetector):
     ----------
     stages_ : tuple of str
         The stage whose output it is.
-    loss_curve_ : ndarray of shape (n_iter_,)
+    loss_curve_ : ndarray of shape (n_steps,)
         The objective for each mini-batch.
     n_iter_ : int
         Number of steps taken, without those of the autoencoder.
@@ -86,6 +90,7 @@ class SphereDetector(ObjectiveDetector):
     contrast_normalization: bool = False
     pretrain_steps: int = 1000
     pretrain_weight_decay: float = 5e-4
+    pretrain_milestones: Iterable[float] = (2 / 3,)
     max_steps: int = 1000
     milestones: Iterable[float] = (2 / 3,)
     weight_decay: float = 5e-7
@@ -94,6 +99,7 @@ class SphereDetector(ObjectiveDetector):
         "contrast_normalization": ["boolean"],
         "pretrain_steps": [Interval(Integral, 0, None, closed="left")],
         "pretrain_weight_decay": [Interval(Real, 0, None, closed="left")],
+        "pretrain_milestones": [tuple, list],
     }
 
     def _auto_backbone(self, shape: tuple[int, ...] | None) -> str:
@@ -130,6 +136,7 @@ class SphereDetector(ObjectiveDetector):
         self.n_iter_ = len(self.loss_curve_)
         self._freeze_network()
         self._learn_threshold(self._scored_outputs(outputs, rows), held_out)
+        self._learn_maps(inputs.take(rows[held_out]))
 
     def _take_biases(self) -> None:
         """Take the biases from our networks; refuse others that have some."""
@@ -223,8 +230,8 @@ class SphereDetector(ObjectiveDetector):
     ) -> Iterator[Tensor]:
         raise NotImplementedError
 
-    def _score(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
-        return -self._squared(torch.from_numpy(features.astype(np.float64))).numpy()
+    def _anomaly(self, outputs: Tensor) -> Tensor:
+        return self._squared(outputs)
 
 
 class DeepSVDD(SphereDetector):
@@ -289,6 +296,8 @@ class DeepSVDD(SphereDetector):
     nu: float = 0.1
     warm_up_steps: int = 100
 
+    _normalizes_code: ClassVar = True
+
     _parameter_constraints: ClassVar = {
         "objective": [StrOptions({"one-class", "soft-boundary"})],
         "nu": [Interval(Real, 0, 1, closed="right")],
@@ -301,7 +310,8 @@ class DeepSVDD(SphereDetector):
 
         As many steps as its epochs have with the images of one class, in mini-batches
         of 200: 150 for each of autoencoder and objective with 6,000 images ("mnist"),
-        350 and 150 with 5,000 ("cifar10").
+        350 and 150 with 5,000 ("cifar10"). No image is held out, so that the threshold
+        is optimistic, as a warning of `fit` says.
 
         Parameters
         ----------
@@ -319,16 +329,16 @@ class DeepSVDD(SphereDetector):
             "mnist": {
                 "backbone": "svdd_mnist_lenet",
                 "pretrain_steps": 4500,
+                "pretrain_milestones": (50 / 150,),
                 "max_steps": 4500,
-                "milestones": (1 / 3,),
                 "warm_up_steps": 300,
             },
             "cifar10": {
                 "backbone": "svdd_cifar10_lenet",
                 "pretrain_steps": 8750,
                 "pretrain_weight_decay": 5e-7,
+                "pretrain_milestones": (250 / 350,),
                 "max_steps": 3750,
-                "milestones": (1 / 3,),
                 "warm_up_steps": 250,
             },
         }
@@ -338,6 +348,8 @@ class DeepSVDD(SphereDetector):
             "contrast_normalization": True,
             "learning_rate": 1e-4,
             "batch_size": 200,
+            "milestones": (50 / 150,),
+            "validation_fraction": 0,
             **numbers[dataset],
         }
         return cls(**{**paper, **changes})
@@ -368,10 +380,11 @@ class DeepSVDD(SphereDetector):
                 yield compactness(z, self._center(z))
                 continue
             squared = self._squared(z)
-            yield soft_boundary_loss(squared, z.new_tensor(self.radius_), self.nu)
-            if step >= self.warm_up_steps:
+            loss = soft_boundary_loss(squared, z.new_tensor(self.radius_), self.nu)
+            if step > self.warm_up_steps:  # for the next mini-batch
                 distances = squared.detach().sqrt()
                 self.radius_ = float(torch.quantile(distances, 1 - self.nu))
+            yield loss
 
-    def _score(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
-        return super()._score(features) + self.radius_**2
+    def _anomaly(self, outputs: Tensor) -> Tensor:
+        return super()._anomaly(outputs) - self.radius_**2

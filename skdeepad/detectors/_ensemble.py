@@ -18,7 +18,7 @@ from sklearn.utils import (
     indexable,
 )
 from sklearn.utils._param_validation import StrOptions
-from sklearn.utils.metaestimators import _BaseComposition
+from sklearn.utils.metaestimators import _BaseComposition, available_if
 from sklearn.utils.validation import _num_samples, check_is_fitted
 
 from ..base import (
@@ -39,6 +39,12 @@ from ._refits import RefitSamples, sample_digests, scores_are_held_out
 
 MIN_RATIO = 1e-9  # of a score and the median: the logarithm of 0 is not finite
 N_FOLDS = 10  # for members that do not know their held-out scores
+
+
+def all_have_maps(ensemble: DetectorEnsemble) -> bool:
+    """Tell whether all members show where the anomaly is."""
+    members = ensemble.estimators or [("", None)]  # the default's have none
+    return all(m == "drop" or hasattr(m, "anomaly_map") for _, m in members)
 
 
 class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
@@ -83,6 +89,8 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
     offset_ : float
         The threshold on ``score_samples``: the `contamination` quantile of the
         training samples' scores.
+    map_offset_ : float
+        The threshold on maps: 1. NaN if a member has no maps.
     n_features_in_ : int
         Number of columns seen in `fit`, where the first member tells.
     feature_names_in_ : ndarray of str
@@ -238,6 +246,7 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
         for name in ("n_features_in_", "feature_names_in_"):
             if hasattr(first, name):
                 setattr(self, name, getattr(first, name))
+        self.map_offset_ = 1.0 if all_have_maps(self) else np.nan
         combined = self._combine(scores[scored])
         self._set_offset(combined)
         if not all(known):
@@ -348,6 +357,45 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
             scores = np.concatenate(parts)
         held_out = getattr(self, "_held_out", None)  # files of 0.1.0 have none
         return held_out.recall(sample_digests(X), scores) if held_out else scores
+
+    @available_if(all_have_maps)
+    def anomaly_map(self, X: Any) -> Any:
+        """Show where in images the anomaly is: the members' maps on one scale.
+
+        Each member's map is divided by its threshold on maps, and their weighted mean
+        is taken. Where it exceeds 1, `map_offset_`, one of the members' maps exceeds
+        its threshold: with n members, at most n times `contamination` of normal images
+        do so, and fewer where members agree. The mean of such a map is no score.
+
+        Returns
+        -------
+        ndarray of float32, shape (n_samples, height, width)
+            As the members give them; a list of maps where files differ in size. NaN
+            for files that a member has skipped.
+
+        Raises
+        ------
+        AttributeError
+            If a member has no maps.
+        ValueError
+            If a member has learnt no threshold on maps above 0.
+        """
+        check_is_fitted(self)
+        levels = [getattr(m, "map_offset_", np.nan) for m in self.estimators_]
+        for name, level in zip(self._names, levels, strict=True):
+            if not level > 0:
+                raise ValueError(
+                    f"The maps of {name!r} have the threshold {level}, so they cannot "
+                    "be brought to one scale. Leave it out, or use its own maps."
+                )
+        scales = self._shares / levels
+        of_members = [member.anomaly_map(X) for member in self.estimators_]
+        maps = [
+            np.sum([s * m for s, m in zip(scales, found, strict=True)], axis=0)
+            for found in zip(*of_members, strict=True)
+        ]
+        maps = [found.astype(np.float32) for found in maps]
+        return np.stack(maps) if len({m.shape for m in maps}) == 1 else maps
 
 
 def member_scores(members: Sequence[Any], X: Any) -> NDArray[np.float64]:

@@ -30,6 +30,7 @@ from ..scorers import GaussianScorer
 from ..scorers._base import row_digests
 from ..training import balanced_batches
 from ._base import TrainingSamples
+from ._shares import OutputShares
 from ._trained import FineTunedDetector
 
 N_PROJECTED = 64  # where the last layer of a network is not made for the objective
@@ -37,7 +38,7 @@ N_CHECKED = 1024  # images that are looked at for a collapse
 MIN_OUTLIER_LOSS = 0.01  # an outlier loss below it teaches nothing
 
 
-class HSCClassifier(ClassifierMixin, FineTunedDetector):
+class HSCClassifier(ClassifierMixin, OutputShares, FineTunedDetector):
     """Hypersphere classification: known anomalies, or any other images, as teachers.
 
     A network draws normal images to the origin and pushes outliers away from it,
@@ -91,8 +92,9 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
     weight_decay : float, default=0.0
         Of Adam; the papers' is 5e-7.
     validation_fraction : float, default=0.1
-        For `contamination`: share of the normal images that is not trained on, in (0,
-        0.5). At least 40 images, or a third of fewer than 120.
+        For `contamination`: share of the normal images that is not trained on, in [0,
+        0.5). At least 40 images, or a third of fewer than 120. 0: all are trained on,
+        and the threshold is optimistic.
     contamination : float or None, default=0.05
         Share of new normal images that may fall below the threshold, in (0, 0.5].
         None: no image is held out, and the threshold is where both classes are
@@ -167,6 +169,8 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
         Networks from scratch, as many steps as their epochs have with the normal
         images of one class: 150 epochs of 6,000 ("mnist"), 200 of 5,000 ("cifar10")
         or 150 of 1,300 ("imagenet"; the paper's network also has attention modules).
+        ``contamination=None``: all images are trained on, and the threshold is the
+        loss's own.
 
         Parameters
         ----------
@@ -203,7 +207,8 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
         }
         if dataset not in numbers:
             raise ValueError(f"dataset={dataset!r} is not one of {', '.join(numbers)}.")
-        return cls(**{"weight_decay": 5e-7, **numbers[dataset], **changes})
+        paper = {"weight_decay": 5e-7, "contamination": None, **numbers[dataset]}
+        return cls(**{**paper, **changes})
 
     def fit(
         self, X: Any, y: ArrayLike | None = None, groups: ArrayLike | None = None
@@ -266,6 +271,7 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
             self._warn_of_collapse(self._score(found))
         else:
             self._learn_threshold(self._scored_outputs(outputs, rows), held_out)
+        self._learn_maps(inputs.take(rows[held_out]))
 
     def _check_labels(self, y: ArrayLike | None, n: int) -> NDArray[np.intp]:
         """Learn the two labels; give 1 for the normal one, and -1."""
@@ -372,11 +378,10 @@ class HSCClassifier(ClassifierMixin, FineTunedDetector):
     def _normal_column(self) -> int:
         return getattr(self, "_normal", 1)  # files of 0.1.0 have none
 
-    def _score(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
-        outputs = torch.from_numpy(features.astype(np.float64))
+    def _anomaly(self, outputs: Tensor) -> Tensor:
         if self.objective == "hsc":
-            return -radial_distance(outputs, self.norm).numpy()
-        return -outputs[:, 0].numpy()
+            return radial_distance(outputs, self.norm)
+        return outputs[:, 0]
 
     def decision_function(self, X: Any) -> NDArray[np.float64]:
         """Score images relative to the threshold, as scikit-learn's classifiers do.

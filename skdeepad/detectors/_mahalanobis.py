@@ -25,12 +25,14 @@ from ..inputs import Vectors
 from ..scorers import GaussianScorer
 from ..scorers._base import row_digests, warn_of_copies
 from ..scorers._gaussian import can_update
-from ._base import N_STAGES, BackboneDetector, TrainingSamples
+from ._base import MIN_HELD_OUT, N_STAGES, BackboneDetector, TrainingSamples
+from ._shares import PositionShares
 
 
 class MahalanobisFeatureScorer(
     ClassNamePrefixFeaturesOutMixin,
     TransformerMixin,
+    PositionShares,
     BackboneDetector,
 ):
     """Mahalanobis distance in the features of a frozen, pretrained network.
@@ -124,6 +126,8 @@ estimator, default="ledoit_wolf"
         if groups is None:
             warn_of_copies(features, digests)
         self._finish(digests, held_out)
+        self._map_peaks = np.empty(0)
+        self._add_peaks(samples.inputs, np.flatnonzero(readable), features)
 
     @available_if(can_update)
     @keep_state_on_error
@@ -151,16 +155,20 @@ estimator, default="ledoit_wolf"
         first = not hasattr(self, "_gaussians")
         inputs = self._fit_inputs(X) if first else self._check_inputs(X)
         normal = known_normal(y, len(inputs))
-        features, _ = self._training_features(inputs.take(normal))
+        rows = np.flatnonzero(normal)
+        features, readable = self._training_features(inputs.take(rows))
         self._check_enough(len(features), 3 if first else 1)
         digests = row_digests(features)
         if first:
             self._gaussians = self._new_gaussians()
+            self._map_peaks = np.empty(0)
         else:  # copies, so that a failure changes nothing
             self._gaussians = [copy.copy(gaussian) for gaussian in self._gaussians]
         for gaussian, part in self._by_part(features):
             gaussian._absorb(part, digests)
-        return self._finish_parts()
+        self._finish_parts()
+        self._add_peaks(inputs, rows[readable], features)
+        return self
 
     @available_if(can_update)
     @keep_state_on_error
@@ -206,6 +214,9 @@ estimator, default="ledoit_wolf"
             self._gaussians, *(other._gaussians for other in others), strict=True
         ):
             gaussian._join(theirs)
+        peaks = [d._map_peaks for d in (self, *others) if hasattr(d, "_map_peaks")]
+        self._map_peaks = np.concatenate([np.empty(0), *peaks])
+        self._settle_map_offset()
         return self._finish_parts()
 
     def _view(self) -> tuple[Any, ...]:
@@ -246,6 +257,41 @@ estimator, default="ledoit_wolf"
         self.n_samples_seen_ = self._gaussians[0].n_samples_seen_
         self._set_threshold(digests, scores)
         return self
+
+    def _add_peaks(
+        self, inputs: Vectors, rows: NDArray[np.intp], features: NDArray[np.float32]
+    ) -> None:
+        """Set the threshold on maps, by these images where there are too few yet."""
+        before: NDArray[np.float64] = getattr(self, "_map_peaks", np.empty(0))
+        wanted = MIN_HELD_OUT - len(before)
+        if self._has_maps() and wanted > 0:
+            held_out: Any = self._held_out
+            digests = row_digests(features)
+            known, unseen = held_out.known(digests)
+            # by content, so that all folds of a search take the same ones
+            order = np.argsort(digests, kind="stable")
+            some = order[known[order]][:wanted]
+            # leaving an image out stretches its score, and with it its map
+            seen = self._score(features[some])
+            stretch = np.where(
+                seen == 0, 1, unseen[some] / np.where(seen == 0, 1, seen)
+            )
+            maps = self._maps(inputs.take(rows[some]))
+            peaks = [stretch[i] * found.max() for i, found in maps]
+            self._map_peaks = np.append(before, peaks)
+        self._settle_map_offset()
+
+    def _settle_map_offset(self) -> None:
+        self.map_offset_ = np.nan
+        if len(self._map_peaks):
+            self._set_map_offset()
+
+    def _tangent(
+        self, features: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        parts = self._by_part(features)
+        slopes = [gaussian._slopes(part) for gaussian, part in parts]
+        return -self._score(features), np.hstack(slopes)
 
     def _score(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
         parts = self._by_part(features)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from numbers import Real
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +14,18 @@ from ..base import AnomalyDetector, threshold_below
 from ..features import BackboneEstimator
 from ..inputs import ImagePaths
 from ..localization import fit_size, refine, regions_above
+from ..parameters import ParametersMixin
+
+if TYPE_CHECKING:
+
+    class Detector(AnomalyDetector, BackboneEstimator):
+        """What the mixin is mixed into."""
+
+else:  # with those as bases, their defaults would hide those of a detector's bases
+    Detector = ParametersMixin
 
 
-class AnomalyMapMixin(AnomalyDetector, BackboneEstimator):
+class AnomalyMapMixin(Detector):
     """Maps of images, for detectors that score positions.
 
     A subclass defines ``_position_scores(inputs)``.
@@ -50,12 +59,17 @@ class AnomalyMapMixin(AnomalyDetector, BackboneEstimator):
     ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
         """Give positions in X, and scores of shape (n, height, width), by batches.
 
-        Scores are 0 at least, higher = more anomalous, on a raster of any size.
+        Higher = more anomalous, on a raster of any size.
         """
         raise NotImplementedError
 
     def anomaly_map(self, X: Any) -> Any:
         """Show where in images the anomaly is.
+
+        Parameters
+        ----------
+        X : array-like or sequence of paths
+            Images, in any form that `fit` takes.
 
         Returns
         -------
@@ -81,6 +95,11 @@ class AnomalyMapMixin(AnomalyDetector, BackboneEstimator):
 
     def locate(self, X: Any) -> Any:
         """List the regions of anomalous images where the map exceeds `map_offset_`.
+
+        Parameters
+        ----------
+        X : array-like or sequence of paths
+            Images, in any form that `fit` takes.
 
         Returns
         -------
@@ -122,8 +141,8 @@ class AnomalyMapMixin(AnomalyDetector, BackboneEstimator):
         if np.isnan(level):
             raise ValueError(
                 "No threshold was learnt for these maps (map_offset_ is NaN), so there "
-                "are no regions to list. Use anomaly_map, or fit a detector whose "
-                "map_offset_ is a number, such as KDClonerEstimator() by default."
+                "are no regions to list. Use anomaly_map, or a detector whose "
+                "map_offset_ is a number, such as PatchDetector()."
             )
         scores = self.score_samples(X)
         of_images: dict[str, Any] = {

@@ -18,7 +18,6 @@ from sklearn.base import (
     ClassNamePrefixFeaturesOutMixin,
     TransformerMixin,
     _fit_context,
-    clone,
 )
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import Tags
@@ -29,24 +28,22 @@ from ..backbones._backbone import Adapted, Versions
 from ..base import (
     draw_seed,
     keep_state_on_error,
-    seeded_clone,
 )
 from ..draws import OwnDraws
 from ..fisher import check_classes
 from ..inference import INPUT, PassOutputs, Tap
 from ..inputs import chunks
-from ..scorers import CentroidScorer, KMeansScorer, KNNScorer
 from ..scorers._base import Scorer, row_digests
 from ._adaptation import Adaptation, unit_length
+from ._adapted_scores import SCORERS, AdaptedScores
 from ._base import (
     TrainedDetector,
     TrainingSamples,
-    as_unseen,
     find_related,
     hold_out,
+    stages_to_adapt,
 )
 
-SCORERS = {"knn": KNNScorer, "kmeans": KMeansScorer, "centroid": CentroidScorer}
 ADAPTATIONS = {"early_stopping", "ses", "ewc", "joint", "outlier_exposure"}
 # mini-batches of 32: appendix D ("150k image samples" for "ses"), outlier exposure's
 # 75 epochs counted for CIFAR-10
@@ -64,6 +61,7 @@ COLLAPSED = 0.01  # of the features' spread: less was worse than no adaptation
 class PANDAEstimator(
     ClassNamePrefixFeaturesOutMixin,
     TransformerMixin,
+    AdaptedScores,
     TrainedDetector,
 ):
     """PANDA: pretrained features, adapted to the normal images without collapse.
@@ -127,6 +125,10 @@ None, default="ewc"
         the mean over samples of the squared distance. (The official code's 1e4 goes
         with gradients of 32 samples at a time and a distance divided by the number of
         features d: here, 1e4 * d / 32.) 0 is early stopping.
+    bound_stiffness : bool, default=True
+        Whether lambda times the Fisher diagonal is kept below 1 / `learning_rate`:
+        beyond it gradient descent may overshoot where it is to be held back, so that
+        no `ewc_lambda` is too large. The paper has no bound; see Notes.
     fisher : path, mapping or None, default=None
         The Fisher diagonal for "ewc": what `skdeepad.fisher.fisher_diagonal` returns
         for the backbone, or the file it was saved to (``torch.save`` or safetensors).
@@ -137,9 +139,11 @@ None, default="ewc"
     n_checkpoints : int, default=10
         How many checkpoints "ses" keeps.
     validation_fraction : float, default=0.1
-        Share of the normal images that is not trained on, in (0, 0.5): they tell what
-        distance is typical of new ones (Appendix D). At least 40 images, or a third
-        of fewer than 120.
+        Share of the normal images that is not trained on, in [0, 0.5): they tell what
+        distance is typical of new ones (Appendix D), and set the threshold. At least
+        40 images, or a third of fewer than 120. 0: all are trained on, as in the paper
+        but for "ses", and the threshold is optimistic: more new normal images are
+        flagged than `contamination` says; a warning tells so.
     random_state : int, RandomState instance or None, default=None
         Seeds random weights, the held-out share, mini-batches, drawn outcomes, and
         the scorer, where it has a `random_state` that is None.
@@ -165,6 +169,14 @@ None, default="ewc"
     Notes
     -----
     BatchNorm keeps its pretrained statistics throughout, as in the official code.
+
+    The official code divides the loss of Eq. 1 by the number of features d, and clips
+    its gradient at 1e-3. Here the loss is the sum, d times larger, as the paper prints
+    it, and `ewc_lambda` is on that scale. Under one `clip_norm` the steps are the same
+    as long as the official gradient is longer than `clip_norm`; a shorter one, down to
+    ``clip_norm / d``, would be clipped here and not there. With the official lambda of
+    1e4, `bound_stiffness` would hold back more than half of the weights less than Eq. 4
+    says: `from_paper` has no bound.
 
     `from_paper` gives the paper's numbers. With the default network they make
     nearest neighbours worse: under a gradient clipped at 1e-3, weight decay moves the
@@ -201,6 +213,7 @@ None, default="ewc"
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
     ewc_lambda: float = 0.3
+    bound_stiffness: bool = True
     fisher: Any = None
     joint_alpha: float = 0.1
     n_checkpoints: int = 10
@@ -223,6 +236,7 @@ None, default="ewc"
         "weight_decay": [Interval(Real, 0, None, closed="left")],
         "clip_norm": [Interval(Real, 0, None, closed="neither"), None],
         "ewc_lambda": [Interval(Real, 0, None, closed="left")],
+        "bound_stiffness": ["boolean"],
         "fisher": [str, Path, Mapping, None],
         "joint_alpha": [Interval(Real, 0, None, closed="left")],
         "n_checkpoints": [Interval(Integral, 1, None, closed="left")],
@@ -235,7 +249,9 @@ None, default="ewc"
         ResNet-152, its blocks 3 and 4 trained, features as they come; SGD at 0.01 (0.1
         for outlier exposure) with momentum 0.9, weight decay 5e-5 (none for outlier
         exposure) and the gradient's norm clipped at 1e-3, for as many mini-batches of
-        32 as the adaptation has in the paper's appendix D.
+        32 as the adaptation has in the paper's appendix D. EWC has no bound on its
+        stiffness. But for "ses", no image is held out, so that the threshold is
+        optimistic, as a warning of `fit` says.
 
         Parameters
         ----------
@@ -261,6 +277,8 @@ None, default="ewc"
             # Eq. 4 with the official scales: a loss divided by its 2,048 features,
             # a Fisher diagonal from gradients of 32 samples at a time
             "ewc_lambda": 1e4 * 2048 / 32,
+            "bound_stiffness": False,
+            "validation_fraction": 0.1 if adaptation == "ses" else 0,
             "n_checkpoints": 6,  # every 5 epochs of 5,000 images
         }
         if adaptation == "outlier_exposure":
@@ -337,7 +355,8 @@ None, default="ewc"
         self._check_enough(len(rows))
         groups = samples.groups_of(rows)
         digests = row_digests(features[rows])
-        held_out = self._hold_out(find_related(groups, features[rows], digests), rng)
+        related = find_related(groups, features[rows], digests)
+        held_out = self._hold_out(related, rng)
         self._logit: nn.Linear | None = None
         self.loss_curve_ = np.empty(0)
         self.checkpoints_: tuple[int, ...] = (0,)
@@ -364,26 +383,23 @@ None, default="ewc"
                     if self.fisher is None
                     else adaptation.given_fisher(self.fisher)
                 )
-                losses = adaptation.ewc(fisher, self.ewc_lambda, self.learning_rate)
+                stiffest = 1 / self.learning_rate if self.bound_stiffness else np.inf
+                losses = adaptation.ewc(fisher, self.ewc_lambda, stiffest)
             else:
                 losses = adaptation.compactness()
             versions = self._train(adaptation, losses)
             features = self._update(features, versions, outputs, rows, held_out)
         self.n_iter_ = len(self.loss_curve_)
-        self._learn_scores(features[rows], held_out, groups, rng)
+        galleries = self._learn_scores(features[rows], held_out, groups, rng)
+        if self._has_maps() and not held_out.any():  # for maps some are, all the same
+            held_out = hold_out(related, self.validation_fraction or 0.1, rng)
+            galleries = self._fit_galleries(features[rows[~held_out]])
+        self._learn_map_threshold(inputs.take(rows[held_out]), galleries)
 
     def _copy_stages(self) -> nn.Sequential:
         """Copy the stages from the first trained one on, ready to be trained."""
         names = self.backbone_.stage_names
-        if self.trainable_stages is None:
-            first = names.index(self.backbone_.block_names[-2:][0])
-            chosen = [name for name in names[first:] if name != "pool"]
-            self.trained_stages_ = tuple(chosen or names)
-        else:
-            given = self.trainable_stages
-            self.trained_stages_ = self.backbone_.check_stages(
-                (given,) if isinstance(given, str) else given, "trainable_stages"
-            )
+        self.trained_stages_ = stages_to_adapt(self.backbone_, self.trainable_stages)
         copied = self.backbone_.clone().stages
         stages = nn.Sequential(
             OrderedDict(
@@ -393,11 +409,6 @@ None, default="ewc"
         )
         for name, stage in stages.named_children():
             stage.requires_grad_(name in self.trained_stages_)
-        if not any(parameter.requires_grad for parameter in stages.parameters()):
-            raise ValueError(
-                f"trainable_stages={self.trained_stages_} have no weights to "
-                "train. Choose stages with layers that learn."
-            )
         return stages
 
     def _taps(self) -> tuple[Tap, ...]:
@@ -510,7 +521,8 @@ None, default="ewc"
             features.append(self._gather(self._embed(again), len(initial)))
         self._set_versions(versions)
         together = np.hstack(features)
-        before, after = initial[rows[held_out]], together[rows[held_out]]
+        compared = rows[held_out] if held_out.any() else rows
+        before, after = initial[compared], together[compared]
         self._warn_of_collapse(self._psi(before), self._by_version(after)[-1])
         return together
 
@@ -525,57 +537,6 @@ None, default="ewc"
                 ConvergenceWarning,
                 stacklevel=4,
             )
-
-    def _learn_scores(
-        self,
-        features: NDArray[np.float32],
-        held_out: NDArray[np.bool_],
-        groups: NDArray[Any] | None,
-        rng: np.random.RandomState,
-    ) -> None:
-        """Fit a scorer to each checkpoint's features, and set the threshold."""
-        scorer: Any = self.scorer
-        scorer = SCORERS[scorer]() if isinstance(scorer, str) else scorer
-        scorer = seeded_clone(scorer, rng)
-        self.scorers_, self._typical, unseen = [], [], []
-        for psi in self._by_version(features) if self._logit is None else ():
-            if held_out.any():
-                # App. D: the others are the gallery of the held-out ones
-                gallery = clone(scorer).fit(psi[~held_out])
-                unseen.append(gallery.score_samples(psi[held_out]))
-                self._typical.append(-unseen[-1].mean())
-            given = {"groups": groups} if isinstance(scorer, Scorer) else {}
-            self.scorers_.append(clone(scorer).fit(psi, **given))
-        scores = self._score(features)
-        if held_out.any():
-            if unseen:
-                scores[held_out] = self._combine(unseen)
-            scores[~held_out] = as_unseen(scores[~held_out], scores[held_out])
-        self._set_threshold(row_digests(features), scores)
-
-    def _by_version(self, features: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-        """Part features by checkpoint; of unit length where so wanted."""
-        parts = np.split(features, len(self._widths), axis=1)
-        return [self._psi(part) for part in parts]
-
-    def _psi(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
-        return unit_length(torch.from_numpy(features), self.normalize).numpy()
-
-    def _score(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
-        versions = self._by_version(features)
-        if self._logit is not None:
-            with torch.inference_mode():
-                logits = self._logit(torch.from_numpy(versions[0]))[:, 0]
-            return -logits.numpy().astype(np.float64)
-        pairs = zip(self.scorers_, versions, strict=True)
-        return self._combine([scorer.score_samples(psi) for scorer, psi in pairs])
-
-    def _combine(self, scores: list[NDArray[np.float64]]) -> NDArray[np.float64]:
-        """Divide distances by typical ones; SES takes the largest (section 3)."""
-        if len(scores) == 1 and self.adaptation != "ses":
-            return scores[0]
-        ratios = [s / typical for s, typical in zip(scores, self._typical, strict=True)]
-        return (np.min if self.adaptation == "ses" else np.mean)(ratios, axis=0)
 
     def transform(self, X: Any) -> NDArray[np.float32]:
         """Give the adapted features.

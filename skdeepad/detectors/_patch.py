@@ -100,8 +100,8 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
     ----------
     stages : str or sequence of str, default=None
         The stages whose maps are used. Positions are those of the first one; maps of
-        the others are resampled (bilinear). None: the last stages with a position
-        for each 8 and each 16 pixels, as in PatchCore; the last three blocks where
+        the others are resampled (bilinear). None: the stages with a position for each
+        8 or 16 pixels, which for a ResNet are PatchCore's; the last three blocks where
         there are none.
     pooling : int, default=3
         Side of the neighbourhood, in positions, an odd number. Tokens of transformers
@@ -113,10 +113,13 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
         at most `n_patches` random patches.
     n_patches : int, default=4000
         The most patches that are kept. For "memory" they are chosen by a greedy
-        k-centre algorithm, in five folds of images.
-    metric : {"cosine", "euclidean"}, default="cosine"
-        Distance of patches, for "memory". "cosine": 1 minus the cosine, averaged over
-        the stages.
+        k-centre algorithm, in five folds of images, from an even sample of four times
+        as many: so outliers take at most four times their share.
+    metric : {"mahalanobis", "cosine", "euclidean"}, default="mahalanobis"
+        Distance of patches, for "memory". "mahalanobis": by the covariance of good
+        patches' features, of each stage by itself, shrunk by a tenth, after these are
+        brought to about the same length; see Notes. "cosine": 1 minus the cosine,
+        averaged over the stages.
     positions : {"each", "shared"}, default="each"
         Whether there is one Gaussian at each position, for aligned objects, or one for
         all positions, for textures.
@@ -162,6 +165,11 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
 
     Notes
     -----
+    For the Mahalanobis distance, the features x of a stage at a position become
+    ``x / sqrt(|x|^2 + m)``, with m the mean of ``|x|^2`` over the images of `fit` (of
+    the first part of a stream). So strong contrast does not count for itself, and the
+    noise of flat patches is not blown up.
+
     Images that were trained on are recognised by their features and get their held-out
     score from ``score_samples``; ``anomaly_map`` shows them as others.
 
@@ -192,7 +200,7 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
     n_features: int | None = None
     scorer: Any = "memory"
     n_patches: int = 4000
-    metric: str = "cosine"
+    metric: str = "mahalanobis"
     positions: str = "each"
     aggregation: str = "top"
     share: float = 0.02
@@ -217,7 +225,7 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
             HasMethods(["fit", "score_samples"]),
         ],
         "n_patches": [Interval(Integral, N_FOLDS, None, closed="left")],
-        "metric": [StrOptions({"euclidean", "cosine"})],
+        "metric": [StrOptions({"mahalanobis", "cosine", "euclidean"})],
         "positions": [StrOptions({"each", "shared"})],
         "aggregation": [StrOptions({"top", "max", "reweighted"})],
         "share": [Interval(Real, 0, 1, closed="right")],
@@ -269,10 +277,10 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
         outputs = dict(zip(backbone.stage_names, backbone.probe(), strict=True))
         rows = {n: outputs[n].shape[2] for n in names if outputs[n].ndim == 4}
         strides = {n: round(backbone.input_size[0] / r) for n, r in rows.items()}
-        last = {stride: name for name, stride in strides.items() if stride in STRIDES}
+        fine = tuple(name for name, stride in strides.items() if stride in STRIDES)
         if backbone.to_map:  # all blocks have the same positions
             return names[-1:]
-        return tuple(last.values()) or names[-N_STAGES:]
+        return fine or names[-N_STAGES:]
 
     # ------------------------------------------------------------------ patches
 
@@ -317,8 +325,11 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
             self._channels = np.sort(rng.permutation(width)[: self.n_features])
         self._density: PatchDensity
         if has_memory(self):
-            n_units = len(self.stages_) if self.metric == "cosine" else None
-            self._density = PatchMemory(self.n_patches, n_units)
+            stages = np.repeat(np.arange(len(self._widths)), self._widths)
+            widths = np.bincount(stages[self._channels], minlength=len(self._widths))
+            self._density = PatchMemory(
+                self.n_patches, self.metric, widths[widths > 0].tolist()
+            )
         elif isinstance(self.scorer, str):
             self._density = PatchGaussian(self.positions == "shared")
         else:
@@ -360,6 +371,9 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
         for index, patches in self._embed(outputs.keep(batches)):
             digests[index] = row_digests(patches)
             means[index] = patches.mean(axis=1)
+            if rng is not None:
+                known, _ = _tiles.inside(inputs, index, patches, index)
+                self._density.measure(known)
         digests, means = _tiles.of_images(digests, means, owner, n)
         images = np.flatnonzero(~np.isnan(means).any(axis=1))
         self._check_enough(len(images), 1 if rng is None else 3)

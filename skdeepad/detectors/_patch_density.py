@@ -7,23 +7,29 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Sequence
+from functools import reduce
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.linalg import block_diag
 from scipy.special import logsumexp
 from sklearn.base import BaseEstimator, clone
+from sklearn.covariance import shrunk_covariance
 from torch.nn import functional as F
 
 from ..inference import Arrays, to_tensor
 from ..scorers._base import center_and_scale, centred
 from ..scorers._coreset import Coreset
+from ..scorers._gaussian import Moments
 
 Patches = NDArray[np.float32]  # of shape (n_images, n_positions, n_features)
 N_FOLDS = 5
 N_REWEIGHTED = 9  # neighbours of the nearest row in Eq. 7, as anomalib has it
+SHRINKAGE = 0.1  # of the covariance by which patches in memory are whitened
 RIDGE = 0.01  # on the diagonal of covariances: section III-B of PaDiM
 
 
@@ -65,6 +71,9 @@ class PatchDensity:
 
     _saved: ClassVar[dict[str, Any]] = {}
 
+    def measure(self, patches: Patches) -> None:
+        """Look at some images' patches, before any are learnt from."""
+
     def absorb(self, patches: Patches, folds: NDArray[np.intp]) -> None:
         """Learn from some images' patches."""
         raise NotImplementedError
@@ -86,40 +95,101 @@ class PatchMemory(PatchDensity):
     """Distance to the nearest patch of a memory (PatchCore).
 
     The memory is made of a coreset for each fold of images, so that leaving one out is
-    exact.
+    exact. For the Mahalanobis distance the features x of each stage are compressed, and
+    then whitened by the covariance of all patches but the fold's that is left out::
+
+        z = x / sqrt(|x|^2 + mean of |x|^2 over the patches of the first images)
+
+    So patches of strong contrast do not count for it, as with unit length, and the
+    noise of flat ones is not blown up.
+
+    Parameters
+    ----------
+    n_patches : int
+        The most that are kept.
+    metric : {"mahalanobis", "cosine", "euclidean"}
+        For "cosine", patches are made of a vector of unit length for each stage.
+    widths : sequence of int
+        Number of features of each stage.
     """
 
-    _saved: ClassVar = {"coresets": Coreset}
+    _saved: ClassVar = {"coresets": Coreset, "moments": Moments}
 
-    def __init__(self, n_patches: int, n_units: int | None) -> None:
-        # of so many vectors of unit length the rows are made: cosines are wanted
-        self.n_units = n_units
-        self.coresets = [Coreset(n_patches // N_FOLDS) for _ in range(N_FOLDS)]
+    def __init__(self, n_patches: int, metric: str, widths: Sequence[int]) -> None:
+        self.metric = metric
+        self.widths = [int(width) for width in widths]
+        size = n_patches // N_FOLDS, sum(self.widths)
+        self.coresets = [Coreset(*size) for _ in range(N_FOLDS)]
+        self.moments: list[list[Moments]] = [[] for _ in range(N_FOLDS)]
+        self.squares: Any = 0.0  # sums of |x|^2, of each stage
+        self.n_measured = 0
+
+    def measure(self, patches: Patches) -> None:
+        """Look at some images' patches, before any are learnt from."""
+        rows = patches.reshape(-1, patches.shape[2])
+        self.squares += np.array([squared_length(x).sum() for x in self._stages(rows)])
+        self.n_measured += len(rows)
 
     def absorb(self, patches: Patches, folds: NDArray[np.intp]) -> None:
         """Learn from some images' patches."""
         rows = patches.reshape(-1, patches.shape[2])
         fold_of_row = np.repeat(folds, patches.shape[1])
         for fold in np.unique(folds):
-            self.coresets[fold].add(rows[fold_of_row == fold])
+            own = rows[fold_of_row == fold]
+            if self.metric == "mahalanobis":
+                stages = self._stages(self._compressed(own))
+                if not self.moments[fold]:
+                    self.moments[fold] = [Moments(x) for x in stages]
+                for moments, x in zip(self.moments[fold], stages, strict=True):
+                    moments.update(x)
+            self.coresets[fold].add(own)
+
+    def _stages(self, rows: NDArray[Any]) -> list[NDArray[Any]]:
+        return np.split(rows, np.cumsum(self.widths)[:-1], axis=1)
 
     def join(self, others: Iterable[PatchMemory]) -> None:
         """Learn what others have learnt."""
         for other in others:
             for own, theirs in zip(self.coresets, other.coresets, strict=True):
-                for rows in theirs.parts:
-                    own.add(rows)
+                own.join(theirs)
+            pairs = zip(self.moments, other.moments, strict=True)
+            self.moments = [merged(pair) for pair in pairs]
         self.settle()
 
     def settle(self, without: int | None = None) -> None:
         """Make ready for scoring, without the images of a fold."""
-        self.used = [k for k in range(N_FOLDS) if k != without]
-        self.origin, self.scale = center_and_scale(self.rows())
+        filled = [k for k in range(N_FOLDS) if len(self.coresets[k])]
+        for k in filled:
+            self.whitening = self._whitening([k])
+            self.coresets[k].reduce(self._compared)
+        self.used = [k for k in filled if k != without]
+        self.whitening = self._whitening(self.used)
+        self.origin, self.scale = center_and_scale(self._compared(self.rows()))
 
     def rows(self) -> Patches:
         """Give the patches in the memory."""
-        coresets = [self.coresets[k] for k in self.used]
-        return np.concatenate([c.reduce() for c in coresets if len(c)])
+        return np.concatenate([self.coresets[k].rows for k in self.used])
+
+    def _whitening(self, folds: Sequence[int]) -> NDArray[np.float64] | None:
+        if self.metric != "mahalanobis":
+            return None
+        stages = merged(self.moments[k] for k in folds)
+        return np.asarray(block_diag(*map(whitening, stages)))
+
+    def _compared(self, rows: Patches) -> NDArray[Any]:
+        """Turn patches into what is compared by its Euclidean distance.
+
+        In float64, as products in float32 would depend on what else is in a batch.
+        """
+        if self.whitening is None:
+            return rows
+        return self._compressed(rows) @ self.whitening
+
+    def _compressed(self, rows: Patches) -> NDArray[np.float64]:
+        sizes = np.where(self.squares > 0, self.squares, 1) / self.n_measured
+        pairs = zip(self._stages(rows), sizes, strict=True)
+        parts = [x / np.sqrt(squared_length(x) + size)[:, None] for x, size in pairs]
+        return np.concatenate(parts, axis=1)
 
     def score(self, patches: Patches) -> NDArray[np.float64]:
         """Score patches: 0 at least, higher = more anomalous."""
@@ -147,12 +217,14 @@ class PatchMemory(PatchDensity):
         others = self._distance(squared)
         return -np.expm1(apart - logsumexp(others, axis=1)) * apart
 
-    def _centred(self, rows: Patches) -> Patches:
-        return centred(rows, self.origin, self.scale)
+    def _centred(self, rows: Patches) -> NDArray[Any]:
+        return centred(self._compared(rows), self.origin, self.scale)
 
     def _distance(self, squared: NDArray[np.float64]) -> NDArray[np.float64]:
         squared = squared * self.scale**2
-        return squared / (2 * self.n_units) if self.n_units else np.sqrt(squared)
+        if self.metric == "cosine":
+            return squared / (2 * len(self.widths))
+        return np.sqrt(squared)
 
     def _nearest(
         self, patches: Patches
@@ -164,6 +236,33 @@ class PatchMemory(PatchDensity):
         found, squared = nearest(self._centred(queries), rows, 1)
         apart = self._distance(squared)
         return apart.reshape(patches.shape[:2]), found.reshape(patches.shape[:2])
+
+
+def squared_length(rows: Patches) -> NDArray[np.float64]:
+    """Give the squared length of each row."""
+    return np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
+
+
+def merged(parts: Iterable[list[Moments]]) -> list[Moments]:
+    """Merge what is known of the stages from several folds."""
+    known = copy.deepcopy([stages for stages in parts if stages])
+    return [reduce(Moments.merge, same) for same in zip(*known, strict=True)]
+
+
+def whitening(moments: Moments) -> NDArray[np.float64]:
+    """Give the matrix by which rows are multiplied to have unit covariance.
+
+    The covariance is shrunk by a tenth towards a multiple of the identity, as
+    `sklearn.covariance.ShrunkCovariance` does. Features that are constant, but for
+    rounding, are not blown up.
+    """
+    covariance = shrunk_covariance(moments.covariance, SHRINKAGE)
+    d = len(covariance)
+    covariance[range(d), range(d)] += 1e-12 * np.square(moments.mean).mean()
+    if not covariance.any():
+        return np.eye(d)
+    variances, axes = np.linalg.eigh(covariance)
+    return axes / np.sqrt(variances)
 
 
 class PatchGaussian(PatchDensity):

@@ -91,6 +91,10 @@ class TrainedEnd(Backbone):
         """Whether the last layer is made to give an objective its outputs."""
         return isinstance(list(self.stages.modules())[-1], nn.Linear)
 
+    def routes(self) -> list[list[tuple[str, nn.Module]]]:
+        """Give the trained stages by their names, if there are any."""
+        return [list(self.stages.items())] if self.n_handed_on else []
+
     def encode(self, x: Tensor) -> Tensor:
         """Give the last trained stage's output, as it is."""
         for stage in self.stages.values():
@@ -161,6 +165,7 @@ class ObjectiveDetector(TrainedDetector):
     augmentation: Any = None
 
     _saved: ClassVar = {"_network": TrainedEnd}
+    _normalizes_code: ClassVar = False  # before a decoder of LeNets for CIFAR-10
     # what the frozen stages gain in bfloat16, distances would lose
     _end_dtype: ClassVar = torch.float32
 
@@ -274,24 +279,32 @@ class ObjectiveDetector(TrainedDetector):
             {"params": [p for p in weights if p not in held]},
             {"params": [p for p in weights if p in held], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.Adam(
-            groups, lr=self.learning_rate, weight_decay=weight_decay
-        )
-        if not all(0 < m < 1 for m in self.milestones):
-            raise ValueError(
-                f"milestones={self.milestones!r} must be shares of the steps, each "
-                "between 0 and 1."
-            )
-        steps = sorted({round(m * n_steps) for m in self.milestones})
-        schedule = torch.optim.lr_scheduler.MultiStepLR(
-            optimizer, steps, MILESTONE_DECAY
-        )
+        optimizer = self._optimizer(groups, weight_decay)
+        schedule = self._schedule(optimizer, n_steps, phase)
         curve = []
         seed = draw_seed(rng)
         for loss in self._take_steps(optimizer, losses, n_steps, seed, phase=phase):
             curve.append(loss)
             schedule.step()
         return np.array(curve)
+
+    def _optimizer(
+        self, groups: list[dict[str, Any]], weight_decay: float
+    ) -> torch.optim.Optimizer:
+        return torch.optim.Adam(groups, self.learning_rate, weight_decay=weight_decay)
+
+    def _schedule(
+        self, optimizer: torch.optim.Optimizer, n_steps: int, phase: str
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        name = "milestones" if phase == "training" else "pretrain_milestones"
+        milestones = getattr(self, name)
+        if not all(0 < m < 1 for m in milestones):
+            raise ValueError(
+                f"{name}={milestones!r} must be shares of the steps, each between 0 "
+                "and 1."
+            )
+        steps = sorted({round(m * n_steps) for m in milestones})
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, steps, MILESTONE_DECAY)
 
     def _make_decoder(self, seed: int) -> nn.Module:
         """Mirror the trained stages."""
@@ -302,6 +315,7 @@ class ObjectiveDetector(TrainedDetector):
                 network.stages.values(),
                 network.shape,
                 unit=pixels and not backbone.vectors,
+                normalize_code=self._normalizes_code,
             )
 
     def _freeze_network(self) -> None:
@@ -324,7 +338,8 @@ class ObjectiveDetector(TrainedDetector):
         self._warn_of_collapse(scores)
         if not held_out.all():
             scores[~held_out] = by_rank_as_unseen(scores[~held_out], scores[held_out])
-        self._set_threshold(row_digests(found), scores, held_out)
+        unseen = held_out if held_out.any() else None
+        self._set_threshold(row_digests(found), scores, unseen)
 
     def _warn_of_collapse(self, scores: NDArray[np.float64]) -> None:
         """Warn if all images have one score."""

@@ -9,6 +9,7 @@ from ._curves import AnomalyPrecisionRecallDisplay, AnomalyRocCurveDisplay
 from ._histogram import ScoreHistogramDisplay
 from ._loss_curve import LossCurveDisplay
 from ._maps import AnomalyMapDisplay
+from ._report import report
 from ._representation import RepresentationDisplay
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "LossCurveDisplay",
     "RepresentationDisplay",
     "ScoreHistogramDisplay",
+    "report",
 ]

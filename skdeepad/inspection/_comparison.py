@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-import numpy as np
-from sklearn.utils._optional_dependencies import check_matplotlib_support
+from ._display import Display
 
 COLUMNS = ["detector", "seed", "kind", "auroc", "found", "false_alarms"]
 COLUMNS += ["fit_seconds", "score_seconds"]
 
 
-class DetectorComparisonDisplay:
+class DetectorComparisonDisplay(Display):
     """Detectors compared over seeds and kinds of defects: three plots.
 
     The AUROC on each kind of defect; the share flagged, of normal samples (false
@@ -26,8 +25,6 @@ class DetectorComparisonDisplay:
     ----------
     axes_ : ndarray of matplotlib.axes.Axes, shape (3,)
         The plots.
-    figure_ : matplotlib.figure.Figure
-        The figure.
 
     Examples
     --------
@@ -49,26 +46,11 @@ class DetectorComparisonDisplay:
     def plot(self, axes: Any = None) -> Self:
         """Draw.
 
-        Parameters
-        ----------
-        axes : array of matplotlib.axes.Axes, shape (3,), default=None
-            Where to draw. None: on a new figure.
-
-        Returns
-        -------
-        DetectorComparisonDisplay
-            The display itself.
-
         Raises
         ------
-        ImportError
-            If matplotlib is not installed: ``pip install "skdeepad[plot]"``.
         ValueError
             If the table lacks a column.
         """
-        check_matplotlib_support(f"{type(self).__name__}.plot")
-        import matplotlib.pyplot as plt
-
         table = self.table
         if missing := [name for name in COLUMNS if name not in table]:
             raise ValueError(
@@ -76,15 +58,12 @@ class DetectorComparisonDisplay:
                 "compare_detectors gives."
             )
         kinds = list(dict.fromkeys(table["kind"]))
-        if axes is None:
-            _, axes = plt.subplots(
-                *(1, 3),
-                figsize=(11 + 0.6 * len(kinds), 4),
-                layout="constrained",
-                width_ratios=[len(kinds) + 1, len(kinds) + 2, 3],
-            )
-        self.axes_ = np.asarray(axes)
-        self.figure_ = self.axes_[0].figure
+        self.axes_ = self._place(
+            axes,
+            (3,),
+            figsize=(11 + 0.6 * len(kinds), 4),
+            width_ratios=[len(kinds) + 1, len(kinds) + 2, 3],
+        )
         by_kind = [table[table["kind"] == kind] for kind in kinds]
         aurocs = [(part, "auroc") for part in by_kind]
         flagged = [(by_kind[0], "false_alarms"), *((part, "found") for part in by_kind)]

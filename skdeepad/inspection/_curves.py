@@ -10,13 +10,30 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 from sklearn.utils._optional_dependencies import check_matplotlib_support
 
 from ..metrics import anomaly_average_precision_score, anomaly_roc_auc_score
+from ._display import DetectorDisplay
 
 
-class CurveDisplay:
+class CurveDisplay(DetectorDisplay):
     """Base of the curves over all thresholds.
 
     A subclass says what `_curve` and `_point` are, from who is an anomaly and who is
     flagged.
+
+    Parameters
+    ----------
+    y_true : ndarray of shape (n_samples,)
+        +1 for normal samples, -1 for anomalies.
+    y_score : ndarray of shape (n_samples,)
+        The scores, higher = more normal.
+    threshold : float, default=None
+        Samples that score below it are flagged.
+    name : str, default=None
+        What the curve is called.
+
+    Attributes
+    ----------
+    ax_ : matplotlib.axes.Axes
+        Where it is drawn.
     """
 
     _labels: ClassVar[tuple[str, str]]
@@ -49,27 +66,13 @@ class CurveDisplay:
 
         Parameters
         ----------
-        estimator : detector
-            The fitted detector, or a pipeline that ends in one; scikit-learn's outlier
-            detectors, too.
-        X : array-like or sequence of paths
-            Samples, in any form that it takes.
         y : array-like of shape (n_samples,)
             +1 for normal samples, -1 for anomalies.
         name : str, default=None
             What the curve is called. None: the name of the class.
-        **kwargs
-            As in `plot`.
-
-        Returns
-        -------
-        display
-            The display, drawn.
 
         Raises
         ------
-        ImportError
-            If matplotlib is not installed: ``pip install "skdeepad[plot]"``.
         ValueError
             If a label is neither +1 nor -1.
         """
@@ -102,18 +105,9 @@ class CurveDisplay:
             ``decision_function``.
         name : str, default=None
             What the curve is called.
-        **kwargs
-            As in `plot`.
-
-        Returns
-        -------
-        display
-            The display, drawn.
 
         Raises
         ------
-        ImportError
-            If matplotlib is not installed: ``pip install "skdeepad[plot]"``.
         ValueError
             If a label is neither +1 nor -1, or the lengths differ.
         """
@@ -126,29 +120,9 @@ class CurveDisplay:
         return display.plot(**kwargs)
 
     def plot(self, ax: Any = None) -> Self:
-        """Draw the curve.
-
-        Parameters
-        ----------
-        ax : matplotlib.axes.Axes, default=None
-            Where to draw, perhaps beside other curves. None: on a new figure.
-
-        Returns
-        -------
-        display
-            The display itself.
-
-        Raises
-        ------
-        ImportError
-            If matplotlib is not installed: ``pip install "skdeepad[plot]"``.
-        """
-        check_matplotlib_support(f"{type(self).__name__}.plot")
-        import matplotlib.pyplot as plt
-
+        """Draw the curve."""
         summary = self._summary()  # checks labels and scores
-        self.ax_ = plt.subplots()[1] if ax is None else ax
-        self.figure_ = self.ax_.figure
+        self.ax_ = self._place(ax)[()]
         is_anomaly = self.y_true == -1
         x, y = self._curve(is_anomaly, -self.y_score)
         label = summary if self.name is None else f"{self.name} ({summary})"
@@ -178,24 +152,6 @@ class AnomalyRocCurveDisplay(CurveDisplay):
 
     The ROC curve of a detector, the anomaly being the positive class; a dot marks its
     threshold. Make one with `from_estimator` or `from_predictions`.
-
-    Parameters
-    ----------
-    y_true : ndarray of shape (n_samples,)
-        +1 for normal samples, -1 for anomalies.
-    y_score : ndarray of shape (n_samples,)
-        The scores, higher = more normal.
-    threshold : float, default=None
-        Samples that score below it are flagged.
-    name : str, default=None
-        What the curve is called.
-
-    Attributes
-    ----------
-    ax_ : matplotlib.axes.Axes
-        Where it is drawn.
-    figure_ : matplotlib.figure.Figure
-        The figure.
 
     See Also
     --------
@@ -228,24 +184,6 @@ class AnomalyPrecisionRecallDisplay(CurveDisplay):
 
     The precision-recall curve of a detector, the anomaly being the positive class; a
     dot marks its threshold. Make one with `from_estimator` or `from_predictions`.
-
-    Parameters
-    ----------
-    y_true : ndarray of shape (n_samples,)
-        +1 for normal samples, -1 for anomalies.
-    y_score : ndarray of shape (n_samples,)
-        The scores, higher = more normal.
-    threshold : float, default=None
-        Samples that score below it are flagged.
-    name : str, default=None
-        What the curve is called.
-
-    Attributes
-    ----------
-    ax_ : matplotlib.axes.Axes
-        Where it is drawn.
-    figure_ : matplotlib.figure.Figure
-        The figure.
 
     See Also
     --------

@@ -9,8 +9,10 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.utils import check_consistent_length
 from sklearn.utils._optional_dependencies import check_matplotlib_support
 
+from ._display import DetectorDisplay
 
-class ScoreHistogramDisplay:
+
+class ScoreHistogramDisplay(DetectorDisplay):
     """How scores of normal samples and of anomalies are spread, and the threshold.
 
     Make one with `from_estimator` or `from_predictions`.
@@ -28,8 +30,6 @@ class ScoreHistogramDisplay:
     ----------
     ax_ : matplotlib.axes.Axes
         Where it is drawn.
-    figure_ : matplotlib.figure.Figure
-        The figure.
 
     Examples
     --------
@@ -60,24 +60,8 @@ class ScoreHistogramDisplay:
 
         Parameters
         ----------
-        estimator : detector
-            The fitted detector.
-        X : array-like or sequence of paths
-            Samples, in any form that it takes.
         y : array-like of shape (n_samples,), default=None
             +1 for normal samples, -1 for anomalies. None: not known.
-        **kwargs
-            As in `plot`.
-
-        Returns
-        -------
-        ScoreHistogramDisplay
-            The display, drawn.
-
-        Raises
-        ------
-        ImportError
-            If matplotlib is not installed: ``pip install "skdeepad[plot]"``.
         """
         check_matplotlib_support(f"{cls.__name__}.from_estimator")
         scores = estimator.decision_function(X)
@@ -102,18 +86,9 @@ class ScoreHistogramDisplay:
             The scores, higher = more normal.
         threshold : float, default=None
             Samples below it count as anomalies.
-        **kwargs
-            As in `plot`.
-
-        Returns
-        -------
-        ScoreHistogramDisplay
-            The display, drawn.
 
         Raises
         ------
-        ImportError
-            If matplotlib is not installed: ``pip install "skdeepad[plot]"``.
         ValueError
             If there are not as many labels as scores.
         """
@@ -131,26 +106,10 @@ class ScoreHistogramDisplay:
 
         Parameters
         ----------
-        ax : matplotlib.axes.Axes, default=None
-            Where to draw. None: on a new figure.
         bins : int, default=40
             Number of bins, shared by normal samples and anomalies.
-
-        Returns
-        -------
-        ScoreHistogramDisplay
-            The display itself.
-
-        Raises
-        ------
-        ImportError
-            If matplotlib is not installed: ``pip install "skdeepad[plot]"``.
         """
-        check_matplotlib_support(f"{type(self).__name__}.plot")
-        import matplotlib.pyplot as plt
-
-        self.ax_ = plt.subplots()[1] if ax is None else ax
-        self.figure_ = self.ax_.figure
+        self.ax_ = self._place(ax)[()]
         known = np.isfinite(self.y_score)
         edges = np.histogram_bin_edges(self.y_score[known], bins)
         kinds = {"samples": known}

@@ -9,10 +9,12 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.utils._optional_dependencies import check_matplotlib_support
 from sklearn.utils.validation import check_is_fitted
 
+from ._display import DetectorDisplay
+
 WINDOW = 20  # a share of 1/20 of the steps is averaged
 
 
-class LossCurveDisplay:
+class LossCurveDisplay(DetectorDisplay):
     """The loss of each training step, and its moving average.
 
     Make one with `from_estimator` or `from_predictions`.
@@ -28,8 +30,6 @@ class LossCurveDisplay:
     ----------
     ax_ : matplotlib.axes.Axes
         Where it is drawn.
-    figure_ : matplotlib.figure.Figure
-        The figure.
 
     Examples
     --------
@@ -59,18 +59,9 @@ class LossCurveDisplay:
             The fitted detector.
         name : str, default=None
             What the curve is called. None: the name of the class.
-        **kwargs
-            As in `plot`.
-
-        Returns
-        -------
-        LossCurveDisplay
-            The display, drawn.
 
         Raises
         ------
-        ImportError
-            If matplotlib is not installed: ``pip install "skdeepad[plot]"``.
         ValueError
             If the detector has no ``loss_curve_``: it does not train in steps.
         """
@@ -97,46 +88,14 @@ class LossCurveDisplay:
             The loss of each step.
         name : str, default=None
             What the curve is called.
-        **kwargs
-            As in `plot`.
-
-        Returns
-        -------
-        LossCurveDisplay
-            The display, drawn.
-
-        Raises
-        ------
-        ImportError
-            If matplotlib is not installed: ``pip install "skdeepad[plot]"``.
         """
         check_matplotlib_support(f"{cls.__name__}.from_predictions")
         display = cls(loss_curve=np.asarray(loss_curve, dtype=np.float64), name=name)
         return display.plot(**kwargs)
 
     def plot(self, ax: Any = None) -> Self:
-        """Draw the curve.
-
-        Parameters
-        ----------
-        ax : matplotlib.axes.Axes, default=None
-            Where to draw, perhaps beside other curves. None: on a new figure.
-
-        Returns
-        -------
-        LossCurveDisplay
-            The display itself.
-
-        Raises
-        ------
-        ImportError
-            If matplotlib is not installed: ``pip install "skdeepad[plot]"``.
-        """
-        check_matplotlib_support(f"{type(self).__name__}.plot")
-        import matplotlib.pyplot as plt
-
-        self.ax_ = plt.subplots()[1] if ax is None else ax
-        self.figure_ = self.ax_.figure
+        """Draw the curve."""
+        self.ax_ = self._place(ax)[()]
         steps = np.arange(1, len(self.loss_curve) + 1)
         (line,) = self.ax_.plot(steps, self.loss_curve, alpha=0.35, linewidth=0.8)
         width = max(1, len(steps) // WINDOW)

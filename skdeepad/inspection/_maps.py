@@ -13,11 +13,12 @@ from sklearn.utils import check_consistent_length
 from sklearn.utils._optional_dependencies import check_matplotlib_support
 
 from ..inputs import ImagePaths, check_inputs, chunks, load_batches, read_mask
+from ._display import DetectorDisplay
 
 PER_PAGE = 6  # images of a figure
 
 
-class AnomalyMapDisplay:
+class AnomalyMapDisplay(DetectorDisplay):
     """Images, their anomaly maps, and both together.
 
     Make one with `from_estimator` or `from_predictions`.
@@ -45,8 +46,6 @@ class AnomalyMapDisplay:
     axes_ : ndarray of matplotlib.axes.Axes, shape (n_images_of_the_page, 3)
         For each image: itself, its map, and the map over it where it exceeds `level`,
         with a contour.
-    figure_ : matplotlib.figure.Figure
-        The figure.
 
     See Also
     --------
@@ -100,18 +99,11 @@ class AnomalyMapDisplay:
         masks : array-like of shape (n_images, height, width), or sequence, default=None
             Where the defects are, drawn as an outline: for each image an array, the
             path of a file, or None.
-        **kwargs
-            As in `plot`.
 
         Returns
         -------
         AnomalyMapDisplay
             The display, with its first page drawn (or `page`).
-
-        Raises
-        ------
-        ImportError
-            If matplotlib is not installed: ``pip install "skdeepad[plot]"``.
         """
         check_matplotlib_support(f"{cls.__name__}.from_estimator")
         level = getattr(estimator, "map_offset_", np.nan)
@@ -120,7 +112,8 @@ class AnomalyMapDisplay:
             estimator.anomaly_map(X),
             masks=masks,
             level=None if np.isnan(level) else level,
-            decisions=estimator.decision_function(X),
+            # classifiers decide between their classes
+            decisions=estimator.score_samples(X) - estimator.offset_,
             image_shape=getattr(estimator, "image_shape", None),
             **kwargs,
         )
@@ -154,8 +147,6 @@ class AnomalyMapDisplay:
             ``decision_function`` of the images: negative for anomalies.
         image_shape : tuple of int, default=None
             (channels, height, width) or (height, width), where X does not tell.
-        **kwargs
-            As in `plot`.
 
         Returns
         -------
@@ -164,8 +155,6 @@ class AnomalyMapDisplay:
 
         Raises
         ------
-        ImportError
-            If matplotlib is not installed: ``pip install "skdeepad[plot]"``.
         ValueError
             If there are not as many images as maps, masks or decisions, or if an image
             that has a map cannot be read.
@@ -212,31 +201,16 @@ default=None
         alpha : float, default=0.5
             Opacity of the map over the image, in [0, 1].
 
-        Returns
-        -------
-        AnomalyMapDisplay
-            The display itself.
-
         Raises
         ------
-        ImportError
-            If matplotlib is not installed: ``pip install "skdeepad[plot]"``.
         ValueError
             If there is no such page.
         """
-        check_matplotlib_support(f"{type(self).__name__}.plot")
-        import matplotlib.pyplot as plt
-
         if not 0 <= page < self.n_pages:
             raise ValueError(f"page={page} must be from 0 to {self.n_pages - 1}.")
         shown = range(len(self.images))[page * PER_PAGE : (page + 1) * PER_PAGE]
-        if axes is None:
-            size = (6.6, 2.1 * len(shown) + 0.3)
-            _, axes = plt.subplots(
-                len(shown), 3, figsize=size, squeeze=False, layout="constrained"
-            )
-        self.axes_ = np.asarray(axes).reshape(len(shown), 3)
-        self.figure_ = self.axes_[0, 0].figure
+        size = (6.6, 2.1 * len(shown) + 0.3)
+        self.axes_ = self._place(axes, (len(shown), 3), figsize=size)
         low, high = self._scale()
         colours = {"cmap": cmap, "vmin": low, "vmax": high}
         for row, i in zip(self.axes_, shown, strict=True):
@@ -244,7 +218,10 @@ default=None
         if len(shown) < len(self.images):
             which = f"images {shown[0] + 1} to {shown[-1] + 1} of {len(self.images)}"
             self.figure_.suptitle(f"{which} (page={page})", fontsize=9)
-        scale = plt.cm.ScalarMappable(plt.Normalize(low, high), cmap)
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import Normalize
+
+        scale = ScalarMappable(Normalize(low, high), cmap)
         bar = self.figure_.colorbar(
             scale,
             ax=list(self.axes_.flat),

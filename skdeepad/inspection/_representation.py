@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-import numpy as np
-from sklearn.utils._optional_dependencies import check_matplotlib_support
+from ._display import Display
 
 # Figures 3, 4 and 5 of the poster: column -> label
 REPRESENTATION_COLUMNS = {
@@ -15,7 +14,7 @@ REPRESENTATION_COLUMNS = {
 }
 
 
-class RepresentationDisplay:
+class RepresentationDisplay(Display):
     """What goes with good detection: three scatter plots of representations.
 
     Detection by knowledge distillation against the Mahalanobis distance, against
@@ -31,8 +30,6 @@ class RepresentationDisplay:
     ----------
     axes_ : ndarray of matplotlib.axes.Axes, shape (3,)
         The plots.
-    figure_ : matplotlib.figure.Figure
-        The figure.
 
     References
     ----------
@@ -60,36 +57,17 @@ class RepresentationDisplay:
     def plot(self, axes: Any = None) -> Self:
         """Draw.
 
-        Parameters
-        ----------
-        axes : array of matplotlib.axes.Axes, shape (3,), default=None
-            Where to draw; a new figure's where none are given.
-
-        Returns
-        -------
-        RepresentationDisplay
-            The display itself.
-
         Raises
         ------
         ValueError
             If the table has no column of detection: it was made without anomalies.
-        ImportError
-            If matplotlib is not installed: ``pip install "skdeepad[plot]"``.
         """
-        check_matplotlib_support(f"{type(self).__name__}.plot")
-        import matplotlib.pyplot as plt
-
         if "kd_auroc" not in self.table:
             raise ValueError(
                 "table has no column 'kd_auroc'. Compute it with anomalies: "
                 "compare_representations(backbones, X, X_anomalous)."
             )
-        if axes is None:
-            _, axes = plt.subplots(
-                1, 3, figsize=(12, 4), sharey=True, layout="constrained"
-            )
-        axes = np.asarray(axes)
+        axes = self.axes_ = self._place(axes, (3,), figsize=(12, 4), sharey=True)
         for ax, column in zip(axes, REPRESENTATION_COLUMNS, strict=True):
             for name, group in self.table.groupby("backbone", sort=False):
                 ax.scatter(group[column], group["kd_auroc"], label=name)
@@ -102,5 +80,4 @@ class RepresentationDisplay:
         axes[2].set_xscale("log")
         axes[0].set_ylabel("knowledge distillation, AUROC")
         axes[0].legend(fontsize=7)
-        self.axes_, self.figure_ = axes, axes[0].figure
         return self

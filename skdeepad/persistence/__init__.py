@@ -5,6 +5,8 @@ safetensors; a digest of all of it is at the end. The manifest is a list of obje
 each made of plain values and of objects before it. Classes are named in it, and only
 those that are known here, or that the reader trusts, are made again: without calling
 them, from attributes that are checked.
+
+What needs torch is imported when an estimator is written or read.
 """
 
 from __future__ import annotations
@@ -17,9 +19,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, BinaryIO
 
-from sklearn.base import BaseEstimator
-from sklearn.exceptions import InconsistentVersionWarning
-
+from ..files import replacing
 from ._archive import (
     LoadError,
     pack,
@@ -28,9 +28,6 @@ from ._archive import (
     read_tensors,
     unpack,
 )
-from ._reader import Reader
-from ._registry import name_of
-from ._writer import Writer
 
 __all__ = ["LoadError", "load", "save"]
 
@@ -55,6 +52,7 @@ def save(estimator: Any, file: str | os.PathLike[str] | BinaryIO) -> None:
     Returns
     -------
     None
+        The file is written whole, or not at all.
 
     Raises
     ------
@@ -81,6 +79,10 @@ def save(estimator: Any, file: str | os.PathLike[str] | BinaryIO) -> None:
     >>> load(file).score_samples([[5.0]])
     array([-9.])
     """
+    from sklearn.base import BaseEstimator
+
+    from ._writer import Writer
+
     if not isinstance(estimator, BaseEstimator):
         raise TypeError(f"estimator={estimator!r} is not a scikit-learn estimator.")
     writer = Writer()
@@ -92,16 +94,11 @@ def save(estimator: Any, file: str | os.PathLike[str] | BinaryIO) -> None:
         "root": root,
     }
     data = pack(manifest, writer.arrays, writer.tensors)
-    if hasattr(file, "write"):
+    if not isinstance(file, str | os.PathLike):
         file.write(data)
         return
-    path = Path(file)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(file) as part:
         part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load(
@@ -177,6 +174,12 @@ def load(
 
 def read(data: bytes, trusted: Iterable[Any]) -> Any:
     """Make the estimator again."""
+    from sklearn.base import BaseEstimator
+    from sklearn.exceptions import InconsistentVersionWarning
+
+    from ._reader import Reader
+    from ._registry import name_of
+
     members = unpack(data)
     manifest = read_manifest(members)
     made_with = manifest["made_with"]

@@ -14,14 +14,15 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from io import BytesIO
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
 import numpy as np
-import safetensors.torch
 from numpy.lib import format as npy
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MANIFEST, TENSORS, ARRAYS = "manifest.json", "tensors.safetensors", "arrays/{}.npy"
 DIGEST_SIZE = 64  # a SHA-256 digest in hexadecimal, as the archive's comment
@@ -46,10 +47,16 @@ LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # before each member
 
 
 class LoadError(ValueError):
-    """A file that is not what `save` wrote, or not one for this version."""
+    """A file that is not what `save` wrote, or not one for this version.
+
+    Parameters
+    ----------
+    message : str
+        What is wrong. Long messages are cut, and characters that would act on a
+        terminal are escaped.
+    """
 
     def __init__(self, message: str) -> None:
-        """Shorten what the file says, and escape what would act on a terminal."""
         shown = (c if c.isprintable() else repr(c)[1:-1] for c in message)
         super().__init__("".join(shown)[:MAX_MESSAGE])
 
@@ -63,6 +70,8 @@ def pack(
     tensors: dict[str, Tensor],
 ) -> bytes:
     """Make the file's content."""
+    import safetensors.torch  # and torch, which a look at a file can do without
+
     archive = BytesIO()
     with ZipFile(archive, "w", ZIP_STORED) as members:
         # ZipInfo has no time: the same estimator, the same file
@@ -144,6 +153,8 @@ def read_tensors(members: dict[str, memoryview]) -> dict[str, Tensor]:
     data = members.pop(TENSORS)
     if int.from_bytes(data[:8], "little") > max_text({TENSORS: data}):
         raise LoadError("The file lists more tensors than an estimator can have.")
+    import safetensors.torch
+
     return safetensors.torch.load(bytes(data))
 
 

@@ -182,11 +182,46 @@ def from_squared(squared: NDArray[np.float64], metric: str) -> NDArray[np.float6
     return squared / 2 if metric == "cosine" else squared
 
 
+def mean_slopes(
+    apart: NDArray[np.float64], weights: NDArray[np.float64], metric: str
+) -> NDArray[np.float64]:
+    """Give gradients of weighted means of distances.
+
+    Parameters
+    ----------
+    apart : ndarray of shape (n_rows, n_others, n_features)
+        How far each row lies from others, where squared Euclidean distances give the
+        metric.
+    weights : ndarray of shape (n_rows, n_others)
+        Of the others, for each row.
+    metric : str
+
+    Returns
+    -------
+    ndarray of shape (n_rows, n_features)
+        In that space; 0 where a row is one of the others and distances have no slope.
+    """
+    if metric in ("euclidean", "mahalanobis"):
+        lengths = np.linalg.norm(apart, axis=2)
+        weights = weights / np.where(lengths == 0, 1, lengths)
+    slopes = np.einsum("nk,nkd->nd", weights, apart)
+    return 2 * slopes if metric == "sqeuclidean" else slopes
+
+
+def unit_slopes(X: NDArray[Any], slopes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Turn gradients by rows of unit length into gradients by the rows themselves."""
+    norms = np.linalg.norm(X, axis=1, keepdims=True)
+    norms = np.where(norms == 0, 1, norms).astype(np.float64)
+    unit = X / norms
+    along = np.sum(unit * slopes, axis=1, keepdims=True)
+    return np.asarray((slopes - along * unit) / norms)
+
+
 class Scorer(AnomalyDetector):
     """Base of the density scorers on vectors.
 
     A subclass defines ``_learn(X, digests)``, ``_score(X)`` and, where it has them
-    in closed form, ``_leave_one_out(X, digests)``.
+    in closed form, ``_leave_one_out(X, digests)``. For maps there is ``_slopes(X)``.
     """
 
     _saved: ClassVar = {"_held_out": HeldOutScores}
@@ -195,6 +230,10 @@ class Scorer(AnomalyDetector):
         raise NotImplementedError
 
     def _score(self, X: NDArray[Any]) -> NDArray[np.float64]:
+        raise NotImplementedError
+
+    def _slopes(self, X: NDArray[Any]) -> NDArray[np.float64]:
+        """Give the gradient of minus the score by each row."""
         raise NotImplementedError
 
     def _leave_one_out(

@@ -9,7 +9,16 @@ from numpy.typing import NDArray
 from sklearn.utils import gen_batches
 from sklearn.utils._param_validation import StrOptions
 
-from ._base import METRICS, ROWS_AT_ONCE, Scorer, count_copies, from_squared, to_metric
+from ._base import (
+    METRICS,
+    ROWS_AT_ONCE,
+    Scorer,
+    count_copies,
+    from_squared,
+    mean_slopes,
+    to_metric,
+    unit_slopes,
+)
 
 
 class CentroidScorer(Scorer):
@@ -71,6 +80,11 @@ class CentroidScorer(Scorer):
 
     def _score(self, X: NDArray[Any]) -> NDArray[np.float64]:
         return -from_squared(self._squared_distances(X), self.metric)
+
+    def _slopes(self, X: NDArray[Any]) -> NDArray[np.float64]:
+        apart = (to_metric(X, self.metric) - self.center_)[:, None]
+        slopes = mean_slopes(apart, np.ones(apart.shape[:2]), self.metric)
+        return unit_slopes(X, slopes) if self.metric == "cosine" else slopes
 
     def _squared_distances(self, X: NDArray[Any]) -> NDArray[np.float64]:
         squared = np.empty(len(X))

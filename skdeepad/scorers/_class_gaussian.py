@@ -152,10 +152,26 @@ class ClassGaussianScorer(Scorer):
 
     def _score(self, X: NDArray[Any]) -> NDArray[np.float64]:
         X = X.astype(np.float64)
-        apart = [
-            np.sum(self._within._whiten(X - mean) ** 2, axis=1) for mean in self.means_
-        ]
-        nearest = np.min(apart, axis=0)
+        nearest = np.min(self._squared_distances(X), axis=0)
         if self._overall is None:
             return -np.sqrt(nearest)
         return np.sum(self._overall._whiten(X) ** 2, axis=1) - nearest
+
+    def _squared_distances(self, X: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+        """Give squared distances to each class."""
+        return [
+            np.sum(self._within._whiten(X - mean) ** 2, axis=1) for mean in self.means_
+        ]
+
+    def _slopes(self, X: NDArray[Any]) -> NDArray[np.float64]:
+        X = X.astype(np.float64)
+        apart = X - self.means_[np.argmin(self._squared_distances(X), axis=0)]
+        slopes = self._within._slopes(apart)
+        if self._overall is None:
+            return slopes
+        # of squares
+        within, overall = (
+            -2 * gaussian._score(rows)[:, None]
+            for gaussian, rows in ((self._within, apart), (self._overall, X))
+        )
+        return within * slopes - overall * self._overall._slopes(X)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 WIDTH = 64  # of the random projection in which rows are compared
+CANDIDATES = 4  # for each row of a coreset
+GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, are evenly spread
 
 
 def k_centre(rows: NDArray[Any], n: int, seed: int = 0) -> NDArray[np.intp]:
@@ -50,34 +53,49 @@ def k_centre(rows: NDArray[Any], n: int, seed: int = 0) -> NDArray[np.intp]:
 
 
 class Coreset:
-    """A coreset of rows that come in parts.
+    """A coreset of rows that come in parts, which outliers do not fill.
+
+    A greedy choice takes what lies apart first, so all outliers. Here rows are chosen
+    from candidates, an even sample of four times as many, so that outliers take at
+    most four times the share of the coreset that they have of the rows. What has been
+    chosen stays a candidate; of later rows every k-th becomes one, by the number of
+    all rows so far.
 
     Parameters
     ----------
     n : int
-        The most rows that are kept. Up to twenty times as many wait in memory: then
-        the coreset of all of them takes their place.
+        The most rows that are kept; while rows come, five times as many.
+    width : int
+        The number of features.
     """
 
     _saved: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, n: int, width: int) -> None:
         self.n = n
-        self.parts: list[NDArray[np.float32]] = []
+        self.n_seen = 0
+        self.rows = np.empty((0, width), dtype=np.float32)
+        self.waiting: list[tuple[NDArray[Any], NDArray[Any]]] = []
 
     def __len__(self) -> int:
-        return sum(map(len, self.parts))
+        return len(self.rows) + sum(len(rows) for rows, _ in self.waiting)
 
     def add(self, rows: NDArray[np.float32]) -> None:
         """Add rows."""
-        self.parts = [*self.parts, rows]
-        if len(self) > 20 * self.n:
-            self.reduce()
+        turns = np.arange(self.n_seen, self.n_seen + len(rows)) * GOLDEN % 1
+        self.n_seen += len(rows)
+        share = CANDIDATES * self.n / self.n_seen
+        waiting = [*self.waiting, (rows, turns)]
+        self.waiting = [(x[t < share], t[t < share]) for x, t in waiting]
 
-    def reduce(self) -> NDArray[np.float32]:
-        """Keep the coreset of the rows; give it."""
-        rows = np.concatenate(self.parts)
+    def join(self, other: Coreset) -> None:
+        """Add what another has chosen."""
+        self.rows = np.concatenate([self.rows, other.rows])
+        self.n_seen += other.n_seen
+
+    def reduce(self, compared: Callable[[Any], Any] = np.asarray) -> None:
+        """Choose from the candidates, by the distances of what `compared` makes."""
+        rows = np.concatenate([self.rows, *(rows for rows, _ in self.waiting)])
         if len(rows) > self.n:
-            rows = rows[k_centre(rows, self.n)]
-        self.parts = [rows]
-        return rows
+            rows = rows[k_centre(compared(rows), self.n)]
+        self.rows, self.waiting = rows, []

@@ -472,6 +472,13 @@ estimator, default="ledoit_wolf"
             squared[block] = np.sum(self._whiten(X[block]) ** 2, axis=1)
         return -np.sqrt(squared)
 
+    def _slopes(self, X: NDArray[Any]) -> NDArray[np.float64]:
+        white = self._whiten(X)
+        lengths = np.linalg.norm(white, axis=1, keepdims=True)
+        white = white / np.where(lengths == 0, 1, lengths)
+        whitening = self._whitening
+        return white * whitening if whitening.ndim == 1 else white @ whitening.T
+
     def _leave_one_out(
         self, X: NDArray[Any], digests: NDArray[np.uint64]
     ) -> NDArray[np.float64]:

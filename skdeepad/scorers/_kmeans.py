@@ -14,7 +14,15 @@ from sklearn.utils import check_random_state, gen_batches
 from sklearn.utils._param_validation import Interval, StrOptions
 
 from ..base import draw_seed
-from ._base import METRICS, ROWS_AT_ONCE, Scorer, from_squared, to_metric
+from ._base import (
+    METRICS,
+    ROWS_AT_ONCE,
+    Scorer,
+    from_squared,
+    mean_slopes,
+    to_metric,
+    unit_slopes,
+)
 
 
 class KMeansScorer(Scorer):
@@ -91,3 +99,10 @@ class KMeansScorer(Scorer):
             distances = cdist(X[block], means, "sqeuclidean")
             squared[block] = distances.min(axis=1)
         return -from_squared(squared, self.metric)
+
+    def _slopes(self, X: NDArray[Any]) -> NDArray[np.float64]:
+        rows, means = to_metric(X, self.metric), self.cluster_centers_
+        nearest = cdist(rows, means, "sqeuclidean").argmin(axis=1)
+        apart = (rows.astype(np.float64) - means[nearest])[:, None]
+        slopes = mean_slopes(apart, np.ones(apart.shape[:2]), self.metric)
+        return unit_slopes(X, slopes) if self.metric == "cosine" else slopes

@@ -17,7 +17,9 @@ from ._base import (
     center_and_scale,
     centred,
     from_squared,
+    mean_slopes,
     to_metric,
+    unit_slopes,
 )
 from ._gaussian import GaussianScorer
 
@@ -121,10 +123,25 @@ default="sqeuclidean"
             self._origin = np.zeros(self._rows.shape[1])
 
     def _score(self, X: NDArray[Any]) -> NDArray[np.float64]:
+        return self._search(self._queries(X), self._rows, self._scale)
+
+    def _queries(self, X: NDArray[Any]) -> NDArray[Any]:
+        """Map samples to where the training samples lie."""
         if hasattr(self, "_neighbors"):
             self._read_0_1_0()
-        queries = centred(self._to_space(X), self._origin, self._scale)
-        return self._search(queries, self._rows, self._scale)
+        return centred(self._to_space(X), self._origin, self._scale)
+
+    def _slopes(self, X: NDArray[Any]) -> NDArray[np.float64]:
+        from ._neighbors import nearest
+
+        queries = self._queries(X)
+        index, squared = nearest(queries, self._rows, self.n_neighbors)
+        weights = self._weights(self._copies[index], squared)
+        apart = queries[:, None].astype(np.float64) - self._rows[index]
+        slopes = mean_slopes(apart * self._scale, weights, self.metric)
+        if self._gaussian is not None:
+            return slopes @ self._gaussian._whitening.T
+        return unit_slopes(X, slopes) if self.metric == "cosine" else slopes
 
     def _leave_one_out(
         self, X: NDArray[Any], digests: NDArray[np.uint64]
@@ -165,8 +182,15 @@ default="sqeuclidean"
     ) -> NDArray[np.float64]:
         """Score samples by the distances of neighbours, each there so many times."""
         distances = from_squared(squared, self.metric)
+        return -np.sum(self._weights(copies, squared) * distances, axis=1)
+
+    def _weights(
+        self, copies: NDArray[np.intp], squared: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Tell how much neighbours count, from the nearest: their sum is 1."""
         before = np.cumsum(copies, axis=1) - copies
         weights = np.clip(self.n_neighbors - before, 0, copies)
         if self.aggregation == "kth":
-            return -np.max(distances, axis=1, where=weights > 0, initial=0)
-        return -np.sum(weights * distances, axis=1) / weights.sum(axis=1)
+            farthest = np.argmax(np.where(weights > 0, squared, -1), axis=1)
+            weights = np.arange(weights.shape[1]) == farthest[:, None]
+        return weights / weights.sum(axis=1, keepdims=True)
