@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         PatchDetector,
         RotNetDetector,
     )
+    from .export import export_onnx
     from .features import BackboneFeatures
     from .model_selection import OneClassKFold, PseudoAnomalyScorer, compare_detectors
     from .persistence import load, save
@@ -66,6 +67,7 @@ _HOMES = {
     "RobustDetector": "conformal",
     "RotNetDetector": "detectors",
     "compare_detectors": "model_selection",
+    "export_onnx": "export",
     "load": "persistence",
     "save": "persistence",
 }
@@ -75,6 +77,7 @@ _MODULES = frozenset(
         "conformal",
         "datasets",
         "detectors",
+        "export",
         "extension",
         "fisher",
         "inspection",
@@ -82,6 +85,7 @@ _MODULES = frozenset(
         "model_selection",
         "persistence",
         "representation",
+        "runtime",
         "scorers",
     ]
 )
@@ -111,6 +115,7 @@ __all__ = [
     "RobustDetector",
     "RotNetDetector",
     "compare_detectors",
+    "export_onnx",
     "load",
     "save",
 ]

@@ -28,6 +28,7 @@ MODULES = [
     "conformal",
     "datasets",
     "detectors",
+    "export",
     "extension",
     "fisher",
     "inspection",
@@ -35,6 +36,7 @@ MODULES = [
     "model_selection",
     "persistence",
     "representation",
+    "runtime",
     "scorers",
 ]
 NAMES = [
@@ -62,7 +64,7 @@ METHODS = {
 # Imports run downwards only: each room stands on rooms of the lines below it.
 TOP = [("command",), ("inspection",)]  # they put the rest together
 HOUSE = [
-    ("extension", "persistence", "representation"),
+    ("export", "extension", "persistence", "representation"),
     ("conformal",),
     ("detectors",),
     ("features", "fisher", "localization"),
@@ -70,14 +72,14 @@ HOUSE = [
     ("frozen",),
     ("augmentation", "backbones", "base", "objectives", "training"),
     ("draws", "inputs", "labels"),
-    ("checks", "files", "parameters", "progress"),
+    ("checks", "parameters", "progress", "runtime"),
 ]
 # around the estimators, which know nothing of them; on the same ground
 BESIDE = [
     ("model_selection",),
     ("datasets", "metrics"),
     ("inputs", "labels"),
-    ("checks", "files", "parameters"),
+    ("checks", "parameters", "runtime"),
 ]
 
 
@@ -96,6 +98,7 @@ BESIDE = [
             "from skdeepad import BackboneFeatures, MahalanobisFeatureScorer",
             "torchvision timm huggingface_hub skimage matplotlib",
         ),
+        ("import skdeepad.runtime", "torch sklearn scipy onnx onnxruntime PIL"),
     ],
 )
 def test_imports_wait_until_they_are_needed(statement, absent):

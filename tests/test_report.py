@@ -24,7 +24,6 @@ from skdeepad import (
     RobustDetector,
 )
 from skdeepad.conformal import DriftMonitor, false_alarm_interval
-from skdeepad.files import printable
 from skdeepad.inspection import report
 from skdeepad.inspection._report import (
     _shown,
@@ -34,6 +33,7 @@ from skdeepad.inspection._report import (
     short_names,
 )
 from skdeepad.inspection._scored import ScoredImages
+from skdeepad.runtime._files import printable
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 import click
 
-from ..files import printable
+from ..runtime._files import printable
 from ._folders import check_target, listed
 
 DETECTORS = {

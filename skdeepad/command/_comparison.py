@@ -11,9 +11,9 @@ import numpy as np
 
 from .. import detectors
 from ..datasets import make_pseudo_anomalies
-from ..files import printable
 from ..inputs import ImagePaths, chunks, load_batches
 from ..model_selection import compare_detectors
+from ..runtime._files import printable
 from ._commands import DETECTORS
 from ._folders import listed
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from ..files import SUFFIXES, list_images, printable
+from ..runtime._files import SUFFIXES, list_images, printable
 
 
 def listed(folder: Path, part: str) -> list[Path]:

@@ -14,12 +14,12 @@ from PIL import Image
 from sklearn.frozen import FrozenEstimator
 
 from ..conformal import DriftMonitor, select_anomalies
-from ..files import printable, replacing
 from ..inspection import report
 from ..inspection._scored import ScoredImages, Threshold
 from ..localization import fit_size
 from ..metrics import anomaly_roc_auc_score
 from ..persistence import load
+from ..runtime._files import printable, replacing
 from ._folders import check_target, check_target_folder, kind, listed, map_names
 
 COLUMNS = ("path", "score", "decision", "label", "p_value")

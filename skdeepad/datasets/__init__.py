@@ -1,11 +1,11 @@
 """Data sets to try image anomaly detectors on; none of them ships images itself."""
 
-from skdeepad.datasets._cifar import load_cifar
-from skdeepad.datasets._fashion_mnist import load_fashion_mnist
-from skdeepad.datasets._folders import load_image_folder
-from skdeepad.datasets._pseudo_anomalies import make_pseudo_anomalies
-from skdeepad.datasets._textures import make_texture_defects
-from skdeepad.files import list_images
+from ..runtime._files import list_images
+from ._cifar import load_cifar
+from ._fashion_mnist import load_fashion_mnist
+from ._folders import load_image_folder
+from ._pseudo_anomalies import make_pseudo_anomalies
+from ._textures import make_texture_defects
 
 __all__ = [
     "list_images",

@@ -10,7 +10,7 @@ import numpy as np
 from sklearn.utils import Bunch
 from sklearn.utils._param_validation import validate_params
 
-from skdeepad.files import SUFFIXES, list_images
+from ..runtime._files import SUFFIXES, list_images
 
 
 def _mask_of(image: Path, masks: dict[str, Path]) -> str | None:

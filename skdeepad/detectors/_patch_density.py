@@ -53,7 +53,14 @@ def patch_maps(arrays: Arrays, pooling: int, unit: bool = False) -> torch.Tensor
     Tensor of shape (n, n_channels, height, width)
         In float32.
     """
-    maps = [to_tensor(array).float() for array in arrays]
+    return on_first_raster([to_tensor(array) for array in arrays], pooling, unit)
+
+
+def on_first_raster(
+    outputs: list[torch.Tensor], pooling: int, unit: bool
+) -> torch.Tensor:
+    """Do what `patch_maps` does to tensors."""
+    maps = [output.float() for output in outputs]
     maps = [m.transpose(1, 2)[..., None] if m.ndim == 3 else m for m in maps]
     maps = [m[..., None, None] if m.ndim == 2 else m for m in maps]
     if pooling > 1:
@@ -144,6 +151,10 @@ class PatchMemory(PatchDensity):
                     moments.update(x)
             self.coresets[fold].add(own)
 
+    def sizes(self) -> NDArray[np.float64]:
+        """Give the mean of |x|^2 over the patches of the first images, by stage."""
+        return np.where(self.squares > 0, self.squares, 1) / self.n_measured
+
     def _stages(self, rows: NDArray[Any]) -> list[NDArray[Any]]:
         return np.split(rows, np.cumsum(self.widths)[:-1], axis=1)
 
@@ -186,8 +197,7 @@ class PatchMemory(PatchDensity):
         return self._compressed(rows) @ self.whitening
 
     def _compressed(self, rows: Patches) -> NDArray[np.float64]:
-        sizes = np.where(self.squares > 0, self.squares, 1) / self.n_measured
-        pairs = zip(self._stages(rows), sizes, strict=True)
+        pairs = zip(self._stages(rows), self.sizes(), strict=True)
         parts = [x / np.sqrt(squared_length(x) + size)[:, None] for x, size in pairs]
         return np.concatenate(parts, axis=1)
 

@@ -101,11 +101,14 @@ class SourceAndCloner(Backbone):
 
     def forward(self, x: Tensor, *activations: Tensor) -> Tensor:
         """Compare the stages: losses, or the largest residuals."""
-        pairs = self.pairs(x, *activations)
+        return self.compare(self.pairs(x, *activations))
+
+    def compare(self, pairs: Pairs) -> Tensor:
+        """Do the same with what `pairs` gives."""
         if not self.scored:
             return torch.cat([losses(*pair) for pair in pairs.values()], dim=1)
         values = self.residual_map(pairs).flatten(1)
-        largest = values.topk(max(1, round(TOP_SHARE * values.shape[1])))
+        largest = values.topk(max(1, round(TOP_SHARE * int(values.shape[1]))))
         return largest.values.mean(dim=1, keepdim=True)
 
     def probe(self) -> list[Tensor]:
@@ -135,7 +138,7 @@ class SourceAndCloner(Backbone):
             for precision, r in zip(self.precisions, found, strict=True):
                 flat = r.flatten(2)
                 lengths = (flat * (precision @ flat)).mean(dim=1)
-                maps.append(lengths.view(len(r), *r.shape[2:]))
+                maps.append(lengths.view(-1, *r.shape[2:]))
         return sum_maps(maps, size).clamp(min=0).sqrt()
 
 
@@ -170,7 +173,7 @@ def residuals(source: Tensor, cloner: Tensor) -> Tensor:
         source, cloner = source[..., None, None], cloner[..., None, None]
     energy = (source.square() + cloner.square()).mean(dim=1, keepdim=True)
     apart = (source - cloner) / energy.clamp(min=MIN_ENERGY).sqrt()
-    window = [round(side * WINDOW_SHARE) // 2 * 2 + 1 for side in apart.shape[2:]]
+    window = [round(int(side) * WINDOW_SHARE) // 2 * 2 + 1 for side in apart.shape[2:]]
     return F.avg_pool2d(apart, window, 1, [side // 2 for side in window])
 
 
@@ -187,7 +190,13 @@ def discrepancy(
     stages: tuple[str, ...], weights: list[float], network: Any, x: Tensor
 ) -> Tensor:
     """Eq. 4 position by position: maps of all stages, brought to one size."""
-    pairs = network.of_images(x)
+    return discrepancy_map(stages, weights, network.of_images(x), x.shape[2:])
+
+
+def discrepancy_map(
+    stages: tuple[str, ...], weights: list[float], pairs: Pairs, size: Any
+) -> Tensor:
+    """Do the same with what `SourceAndCloner.pairs` gives."""
     maps = []
     for name in stages:
         source, cloner = pairs[name]
@@ -195,7 +204,7 @@ def discrepancy(
             value = (source - cloner).square().mean(dim=1)
             direction = 1 - F.cosine_similarity(source, cloner)
             maps.append(weights[0] * value + weights[1] * direction)
-    return sum_maps(maps, x.shape[2:])
+    return sum_maps(maps, size)
 
 
 def residual_map(network: Any, x: Tensor) -> Tensor:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# ITU-R 601 luma, as Pillow's convert("L")
-LUMA = (0.299, 0.587, 0.114)
-WHITE_16 = 65535.0
+from ..runtime._images import LUMA, WHITE_16, open_image, to_pixels, white_in_file
+
 LARGE = 2**20  # pixels of an image beyond which it becomes float32 in strips
 STRIP = 2**18  # pixels of a strip
 
@@ -50,7 +49,8 @@ def read_image(
     ValueError
         If its pixels are no numbers of an image.
     """
-    image, limit = _open(path)
+    image = open_image(path)
+    limit = white_in_file(image)
 
     def rows(top: int, bottom: int) -> Tensor:
         whole = (top, bottom) == (0, image.height)
@@ -68,26 +68,8 @@ def decode(
 
     Errors are those of `read_image`.
     """
-    return _pixels(*_open(path), white)
-
-
-def _open(path: str | os.PathLike[str]) -> tuple[Any, float]:
-    """Read a file; give Pillow's image, upright, and the white of its mode "I"."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-    except (
-        Image.DecompressionBombError,
-        UnidentifiedImageError,
-        SyntaxError,  # Pillow's word for a broken PNG
-        ValueError,
-    ) as error:
-        raise OSError(str(error)) from error
-    # Pillow gives 16 bits as 32 from these formats, by its version
-    return image, WHITE_16 if image.format in ("PNG", "PPM") else 255.0
+    image = open_image(path)
+    return _pixels(image, white_in_file(image), white)
 
 
 def _pixels(image: Any, limit: float, white: float | None) -> tuple[np.ndarray, float]:
@@ -104,37 +86,6 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         orientation = file.getexif().get(ExifTags.Base.Orientation)
     lying = orientation in (5, 6, 7, 8)  # stored on its side
     return (width, height) if lying else (height, width)
-
-
-def to_pixels(image: Any, white: float) -> tuple[np.ndarray, float]:
-    """Give the pixels as (height, width[, channels]) and the value of white.
-
-    `white` is that of mode "I", where Pillow does not tell 16 bits from 32.
-    """
-    if image.mode.startswith("I;16"):
-        return np.asarray(image), WHITE_16
-    if image.mode == "I":
-        pixels = np.asarray(image)
-        low, high = pixels.min(), pixels.max()
-        if low < 0 or high > white:
-            raise ValueError(
-                f"32-bit pixels from {low} to {high}, of which 0..{white:g} are read. "
-                "Save them as 8 or 16 bits"
-            )
-        return pixels, white
-    if image.mode == "F":
-        pixels = np.asarray(image)
-        if not np.isfinite(pixels).all():
-            raise ValueError("pixels that are NaN or infinite")
-        low, high = pixels.min(), pixels.max()
-        if low < -0.01 or high > 1.01:
-            raise ValueError(f"float pixels from {low:g} to {high:g}, not in 0..1")
-        return pixels, 1.0
-    if image.has_transparency_data:
-        return np.asarray(image.convert("RGBA")), 255.0
-    if image.mode not in ("L", "RGB"):
-        image = image.convert("L" if image.mode == "1" else "RGB")
-    return np.asarray(image), 255.0
 
 
 def pixels_to_tensor(pixels: np.ndarray, white: float) -> Tensor:

@@ -28,15 +28,15 @@ from ..checks import (
     shorten,
     to_array,
 )
-from ..files import list_images
+from ..runtime._files import list_images
+from ..runtime._images import channels_first
 from ._items import ImageItems, form, image_column, is_image, is_item, is_picture
 from ._samples import (
     ImagePaths,
     Images,
     Shape,
     Vectors,
-    channels_first,
-    check_pixels,
+    check_images,
 )
 
 
@@ -104,7 +104,7 @@ def check_inputs(
         if image_shape is None and vectors is not False:
             # networks compute in float32
             return Vectors(check_magnitude(rows, float(np.finfo(np.float32).max)))
-        return check_pixels(Images(_unflatten(rows, image_shape), white))
+        return check_images(Images(_unflatten(rows, image_shape), white))
     if vectors:
         raise ValueError(
             f"X has images of shape {X.shape[1:]}, but the backbone takes vectors. "
@@ -125,7 +125,7 @@ def check_inputs(
             estimator=estimator,
             input_name="X",
         )
-    return check_pixels(Images(channels_first(X, image_shape), white))
+    return check_images(Images(channels_first(X, image_shape), white))
 
 
 def open_inputs(X: Any) -> Any:

@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checks import is_tensor, shorten, to_array
-from ._decode import fit_channels, image_size, read_image, to_pixels
+from ..runtime._images import channels_first, to_pixels
+from ._decode import fit_channels, image_size, read_image
 from ._samples import (
     ImagePaths,
     Images,
     Shape,
-    channels_first,
-    check_pixels,
+    check_images,
     file_digest,
-    open_image,
+    read_pixels,
 )
 
 IMAGE_COLUMNS = ("image", "img", "path", "file")
@@ -57,7 +57,7 @@ class ImageItems(ImagePaths):
                 return image
             pixels, white = _pixels(image)
             rows = channels_first(pixels[None], self.image_shape)
-            return check_pixels(Images(rows, self.white or white))
+            return check_images(Images(rows, self.white or white))
         except Exception as error:  # whatever a data set of the user's raises
             raise OSError(str(error) or repr(error)) from error
 
@@ -73,7 +73,7 @@ class ImageItems(ImagePaths):
     def open(self, i: int) -> Images:
         """Fetch one image, of which parts are wanted."""
         image = self._get(i)
-        return image if isinstance(image, Images) else open_image(image, self.white)
+        return image if isinstance(image, Images) else read_pixels(image, self.white)
 
     def size(self, i: int) -> tuple[int, int]:
         """Give the height and width of an image."""

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checks import shorten
-from ._decode import WHITE_16, decode, fit_channels, image_size, read_image, resize_rows
+from ..runtime._images import WHITE_16, check_pixels, white_of
+from ._decode import decode, fit_channels, image_size, read_image, resize_rows
 
 Shape = tuple[int, ...]
 N_NAMED = 200  # characters of names in an error
@@ -146,7 +147,7 @@ class ImagePaths(Vectors):
 
     def open(self, i: int) -> Images:
         """Decode one image, of which parts are wanted."""
-        return open_image(self._path(i), self.white)
+        return read_pixels(self._path(i), self.white)
 
     def _path(self, i: int) -> Any:
         path = self.rows[i]
@@ -169,7 +170,7 @@ class ImagePaths(Vectors):
         return file_digest(self.rows[i], self.white)
 
 
-def open_image(path: Any, white: float | None) -> Images:
+def read_pixels(path: Any, white: float | None) -> Images:
     """Decode an image file as an array."""
     pixels, brightest = decode(path, white)
     if pixels.dtype.kind == "f":  # resampling may have overshot a little
@@ -196,80 +197,10 @@ def named_by(content: bytes) -> bytes:
     return blake2b(content, digest_size=16).digest()
 
 
-def channels_first(X: NDArray[Any], image_shape: Shape | None) -> NDArray[Any]:
-    """View images as (n, channels, height, width)."""
-    if X.ndim == 3:
-        if image_shape is None and X.shape[-1] in (3, 4):
-            raise ValueError(
-                f"X has shape {X.shape}, as one colour image has. If it is one, pass "
-                "X[None]; if X holds grey images, pass X[..., None]."
-            )
-        X = X[:, None]
-        if image_shape is None:
-            return X
-    first, last = X, np.moveaxis(X, -1, 1)
-    if image_shape is not None:
-        shape = (1, *image_shape) if len(image_shape) == 2 else tuple(image_shape)
-        for view in (first, last):
-            if view.shape[1:] == shape:
-                return view
-        raise ValueError(
-            f"X has images of shape {X.shape[1:]}, but image_shape={shape} is expected."
-        )
-    channels = (1, 3, 4)
-    if X.shape[1] in channels and X.shape[-1] in channels:
-        raise ValueError(
-            f"X has shape {X.shape}: either axis 1 or axis 3 may be the channels. "
-            "Set image_shape=(channels, height, width)."
-        )
-    if X.shape[-1] in channels:
-        return last
-    if X.shape[1] in channels:
-        return first
-    raise ValueError(
-        f"X has shape {X.shape}: neither axis 1 nor axis 3 has 1, 3 or 4 channels. "
-        "Set image_shape=(channels, height, width)."
-    )
-
-
-def white_of(dtype: np.dtype[Any], white: float | None = None) -> float:
-    """Tell the value that stands for white; `white` is that of more than 8 bits."""
-    if dtype.kind == "f" or dtype.kind == "b":
-        return 1.0
-    if white is not None and dtype.itemsize > 1:
-        return white
-    return WHITE_16 if dtype == np.uint16 else 255.0
-
-
-def check_pixels(images: Images) -> Images:
-    """Refuse values that are no pixels: every network would see garbage."""
-    rows, white = images.rows, images.white
-    if rows.size == 0:
-        raise ValueError(f"X has images of shape {rows.shape[1:]}: 0 pixels.")
-    if rows.dtype == np.uint8:
-        return images
-    low, high = rows.min(), rows.max()
-    if not (np.isfinite(low) and np.isfinite(high)):
-        wrong = [i for i, row in enumerate(rows) if not np.isfinite(row).all()]
-        found = "NaN" if np.isnan(rows[wrong[0]]).any() else "infinity"
-        raise ValueError(
-            f"Input X contains {found}: {len(wrong)} of {len(rows)} images have such "
-            f"pixels, the first of them is X[{wrong[0]}]. Fill the pixels (np.nan_to_"
-            "num), or leave these images out."
-        )
-    # resampling may overshoot a little
-    slack = 0.01 if rows.dtype.kind == "f" else 0
-    if low < -slack or high > white + slack:
-        raise ValueError(
-            f"X has pixels from {low:g} to {high:g} as {rows.dtype}; images "
-            f"are uint8 in 0..255{_deep(rows.dtype, white)} or floats in 0..1. Divide "
-            "X by its white, or cast it to uint8."
-        )
+def check_images(images: Images) -> Images:
+    """Refuse values that are no pixels."""
+    check_pixels(images.rows, images.white)
     return images
-
-
-def _deep(dtype: np.dtype[Any], white: float) -> str:
-    return f", {dtype} in 0..{white:g}" if white not in (1, 255) else ""
 
 
 def chunks(index: NDArray[np.intp], size: int) -> Iterator[NDArray[np.intp]]:

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..conformal import select_anomalies
-from ..files import printable, replacing
 from ..localization import fit_size
+from ..runtime._files import printable, replacing
 from ._scored import ScoredImages, Threshold
 
 SIDE = 256  # pixels of a picture's longer side

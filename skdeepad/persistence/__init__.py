@@ -19,7 +19,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, BinaryIO
 
-from ..files import replacing
+from ..runtime._files import replacing
 from ._archive import (
     LoadError,
     pack,
