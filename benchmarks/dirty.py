@@ -1,7 +1,8 @@
 """Training images of which some are defective: what is still found, and flagged.
 
 300 good patches of a texture and some with painted defects are fitted to, by Gaussians
-and by nearest neighbours on the features of a frozen network. `RobustDetector` is
+and by nearest neighbours on the features of a frozen network, and by `PatchDetector`
+(64 pixels, 500 patches). `RobustDetector` is
 compared with the plain detector and with two published ways: one refinement (SROC,
 Cohen, Abutbul and Hoshen 2022: leave out the share that looks least normal, and fit
 again) and SRR (Yoon et al. 2022: keep what five detectors on disjoint subsets all call
@@ -14,24 +15,36 @@ on draws 100 to 102, which are not used here.
 from __future__ import annotations
 
 import argparse
+import json
 import warnings
+from collections.abc import Iterator
+from itertools import product
+from operator import itemgetter
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from _common import environment, write_json
+from _common import RESULTS, environment, write_json
 from numpy.typing import NDArray
 from sklearn.base import clone
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import KFold
 
-from skdeepad import BackboneFeatures, GaussianScorer, KNNScorer, RobustDetector
+from skdeepad import (
+    BackboneFeatures,
+    GaussianScorer,
+    KNNScorer,
+    PatchDetector,
+    RobustDetector,
+)
 from skdeepad.datasets import make_texture_defects
 
 SHARES = 0.0, 0.02, 0.05, 0.1, 0.2
 N_GOOD, N_NEW, N_DEFECTIVE = 300, 300, 300
 SCORERS = {"mahalanobis": GaussianScorer(), "knn": KNNScorer()}
+PATCHES = PatchDetector(image_size=64, n_patches=500, random_state=0)
 
-Rows = NDArray[np.floating]
+Rows = NDArray[Any]
 
 
 def refine_once(scorer: Any, X: Rows, share: float) -> Any:
@@ -69,41 +82,64 @@ def figures(detector: Any, good: Rows, bad: Rows) -> dict[str, float]:
     return {name: round(100 * float(value), 2) for name, value in found.items()}
 
 
-def run(textures: list[str], draws: int) -> None:
+def cases(texture: str, draw: int, memory: str) -> Iterator[tuple[Any, ...]]:
+    """Give detectors by name, good samples to fit to, and good and bad ones."""
+    data = make_texture_defects(
+        texture,
+        n_train=N_GOOD,
+        n_test_good=N_NEW,
+        n_test_defective=N_DEFECTIVE,
+        random_state=draw,
+    )
+    images = (
+        data.X_train,
+        data.X_test[data.y_test == 1],
+        data.X_test[data.y_test == -1],
+    )
+    network = BackboneFeatures(stages=("stage5", "stage6", "stage7"), image_size=112)
+    features = [network.fit_transform(part) for part in images]
+    for name, scorer in SCORERS.items():
+        yield name, scorer, *features
+    yield "patches", clone(PATCHES).set_params(memory=memory), *images
+
+
+METHODS = {
+    "plain": lambda scorer, X, share: clone(scorer).fit(X),
+    "SROC": refine_once,
+    "SRR": refine_by_ensemble,
+    "robust": lambda scorer, X, share: robust(scorer, share).fit(X),
+    "robust, auto": lambda scorer, X, share: robust(scorer, "auto").fit(X),
+}
+
+
+def run(textures: list[str], draws: int, methods: list[str]) -> None:
+    """Measure some methods; rows of others in the file stay as they are."""
     before, rows = environment(), []
-    for texture in textures:
-        for draw in range(draws):
-            data = make_texture_defects(
-                texture,
-                n_train=N_GOOD,
-                n_test_good=N_NEW,
-                n_test_defective=N_DEFECTIVE,
-                random_state=draw,
-            )
-            network = BackboneFeatures(
-                stages=("stage5", "stage6", "stage7"), image_size=112
-            )
-            X = network.fit_transform(data.X_train)
-            seen = network.transform(data.X_test)
-            good, bad = seen[data.y_test == 1], seen[data.y_test == -1]
-            for name, scorer in SCORERS.items():
+    for texture, draw in product(textures, range(draws)):
+        with TemporaryDirectory() as memory:
+            for name, scorer, X, good, bad in cases(texture, draw, memory):
                 for share in SHARES:
                     n = round(share / (1 - share) * N_GOOD)
                     dirty = np.concatenate([X, bad[:n]])
-                    fitted = {
-                        "plain": clone(scorer).fit(dirty),
-                        "SROC": refine_once(scorer, dirty, share),
-                        "SRR": refine_by_ensemble(scorer, dirty, share),
-                        "robust": robust(scorer, share).fit(dirty),
-                        "robust, auto": robust(scorer, "auto").fit(dirty),
-                    }
-                    for method, detector in fitted.items():
+                    for method in methods:
+                        detector = METHODS[method](scorer, dirty, share)
                         row = {"texture": texture, "draw": draw, "scorer": name}
                         row |= {"share": share, "method": method}
                         rows.append(row | figures(detector, good, bad[75:]))
                 print(texture, draw, name, flush=True)
-    write_json("dirty", {"environment": before, "rows": rows})
+        keep(before, rows)
     table(rows)
+
+
+def keep(before: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write rows to the file, in the place of those of the same case."""
+    path = RESULTS / "dirty.json"
+    known = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    case = itemgetter("texture", "draw", "scorer", "share", "method")
+    content = {case(row): row for row in [*known["rows"], *rows]}
+    methods = {row["method"]: before for row in rows}
+    environments = known.get("environment", {}) | methods
+    write_json("dirty", {"environment": environments, "rows": list(content.values())})
 
 
 def table(rows: list[dict[str, Any]]) -> None:
@@ -126,6 +162,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--textures", nargs="+", default=["brick", "gravel"])
     parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    run(arguments.textures, arguments.draws)
+    run(arguments.textures, arguments.draws, arguments.methods)

@@ -1,7 +1,8 @@
 """Do the rates hold? p-values of new normal samples, discoveries, intervals, streams.
 
-python benchmarks/error_rates.py run      # calibration, discoveries, intervals, drift
-python benchmarks/error_rates.py plot     # the pictures of docs/error_rates.md
+python benchmarks/error_rates.py              # all four studies
+python benchmarks/error_rates.py discoveries  # or calibration, intervals, drift
+python benchmarks/error_rates.py plot         # the pictures of docs/error_rates.md
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
+from collections.abc import Callable
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,12 +23,20 @@ from sklearn.pipeline import make_pipeline
 
 from skdeepad import (
     BackboneFeatures,
+    CentroidScorer,
     ConformalDetector,
+    DeepSAD,
     DeepSVDD,
+    DetectorEnsemble,
     GaussianScorer,
+    HSCClassifier,
     KDClonerEstimator,
+    KMeansScorer,
     KNNScorer,
+    MahalanobisFeatureScorer,
+    OpenSetClassifier,
     PANDAEstimator,
+    PatchDetector,
 )
 from skdeepad.conformal import DriftMonitor, false_alarm_interval, select_anomalies
 from skdeepad.datasets import make_texture_defects
@@ -42,22 +53,35 @@ def cheap() -> dict[str, Any]:
     whitened = make_pipeline(PCA(whiten=True), knn)
     return {
         "KNNScorer": knn,
+        'KNNScorer("mahalanobis")': KNNScorer(metric="mahalanobis"),
         "GaussianScorer": GaussianScorer(),
+        "CentroidScorer": CentroidScorer(),
         'ConformalDetector(KNNScorer, "split", cv=2)': ConformalDetector(
             knn, method="split", cv=2
         ),
         'ConformalDetector(KNNScorer, "cv+")': ConformalDetector(knn, method="cv+"),
         "ConformalDetector(PCA, KNNScorer)": ConformalDetector(whitened),
         "PCA, KNNScorer (does not hold)": whitened,
+        "DetectorEnsemble": DetectorEnsemble(),
+        "KMeansScorer": KMeansScorer(n_clusters=3, random_state=0),
     }
 
 
 def trained() -> dict[str, Any]:
+    """Make detectors that take longer; those that train do so for a short time."""
     small = {"max_steps": 20, "batch_size": 64}
     return {
-        "DeepSVDD": DeepSVDD(pretrain_steps=5, **small),
+        "MahalanobisFeatureScorer": MahalanobisFeatureScorer(),
+        "PatchDetector": PatchDetector(image_size=64, n_patches=500),
         "PANDAEstimator": PANDAEstimator(**small),
         "KDClonerEstimator": KDClonerEstimator(**small),
+        "KDClonerEstimator (residuals)": KDClonerEstimator(
+            discrepancy="mahalanobis", **small
+        ),
+        "DeepSVDD": DeepSVDD(pretrain_steps=5, **small),
+        "DeepSAD": DeepSAD(pretrain_steps=5, **small),
+        "HSCClassifier": HSCClassifier(**small),
+        "OpenSetClassifier": OpenSetClassifier(**small),
     }
 
 
@@ -67,21 +91,30 @@ def p_values(detector: Any, X: Any) -> Any:
     return detector[-1].p_values(detector[:-1].transform(X))
 
 
-def features(texture: str) -> Any:
-    """Give features of good patches of a photograph, which come twice nowhere."""
-    data = make_texture_defects(texture, n_train=3000, n_test_good=0, random_state=7)
+def patches_and_features(n: int) -> tuple[Any, Any]:
+    """Give good patches of a photograph, which come twice nowhere, and features."""
+    data = make_texture_defects("brick", n_train=n, n_test_good=0, random_state=7)
     network = BackboneFeatures(stages="stage5", image_size=64)
-    return network.fit_transform(data.X_train)
+    return data.X_train, network.fit_transform(data.X_train)
+
+
+def fitted(detector: Any, X: Any) -> Any:
+    if isinstance(detector, OpenSetClassifier):  # two classes, both known
+        return detector.fit(X, (X[:, 0] > np.median(X[:, 0])).astype(int))
+    return detector.fit(X)
 
 
 def calibration(n_fits: int) -> dict[str, Any]:
     """Shares of p-values of new normal samples, one set of them for each fit."""
-    patches = features("brick")
+    images, rows_of = patches_and_features(3000)
     found: dict[str, Any] = {}
-    cases = [(name, d, n_fits) for name, d in cheap().items()]
-    cases += [(name, d, max(3, n_fits // 10)) for name, d in trained().items()]
+    cases = [(name, d, max(3, n_fits // 10)) for name, d in trained().items()]
+    cases += [(name, d, n_fits) for name, d in cheap().items()]
     for name, detector, repeats in cases:
         for source in ("vectors", "patches"):
+            known = images if isinstance(detector, PatchDetector) else rows_of
+            if source == "vectors" and known is images:
+                continue
             for n in (50, 200):
                 shares = []
                 for draw in range(repeats):
@@ -89,9 +122,12 @@ def calibration(n_fits: int) -> dict[str, Any]:
                     if source == "vectors":
                         X, new = np.split(rng.normal(size=(n + 100, N_FEATURES)), [n])
                     else:
-                        rows = rng.choice(len(patches), n + 100, replace=False)
-                        X, new = np.split(patches[rows], [n])
-                    p = p_values(clone(detector).fit(X), new)
+                        rows = rng.choice(len(known), n + 100, replace=False)
+                        X, new = np.split(known[rows], [n])
+                    model = clone(detector)
+                    if "random_state" in model.get_params():
+                        model.set_params(random_state=draw)
+                    p = p_values(fitted(model, X), new)
                     shares.append([(p <= t).mean() for t in GRID])
                 mean = np.mean(shares, axis=0)
                 error = np.std(shares, axis=0) / np.sqrt(repeats)
@@ -101,6 +137,7 @@ def calibration(n_fits: int) -> dict[str, Any]:
                     "share": mean.round(4).tolist(),
                     "standard_error": error.round(4).tolist(),
                 }
+                keep("calibration", None, found, whole=False)  # this takes a while
                 told = "  ".join(f"{mean[i]:.3f} +- {error[i]:.3f}" for i in at)
                 print(f"{name:46}{source:9}n={n:4}  {told}", flush=True)
     return found
@@ -168,23 +205,31 @@ def drift(n_streams: int, length: int) -> dict[str, Any]:
             count += monitor.update(rng.normal(size=(length, 5))).alarm_
         alarms[name] = count / n_streams
         print(f"{name}: alarms in {count} of {n_streams} streams", flush=True)
-    delays = []
-    for draw in range(20):
-        data = make_texture_defects(
-            "brick", n_train=400, n_test_good=0, n_test_defective=0, random_state=draw
-        )
-        good, before, after = np.split(data.X_train, [200, 250])
-        detector = make_pipeline(
-            BackboneFeatures(stages="stage3", image_size=32), KNNScorer()
-        )
-        held_out = ConformalDetector(detector, random_state=0)
-        monitor = DriftMonitor(held_out, random_state=0).fit(good).update(before)
-        brighter = (after * 1.1).clip(0, 255).astype(np.uint8)
-        early = monitor.alarm_
-        monitor.update(brighter)
-        delays.append(-1 if early else (monitor.alarm_at_ or 10**6) - 50 + 1)
-        print("delay", delays[-1], flush=True)
+    delays = delays_of_brighter_images(n_streams // 2)
+    print("delays", np.quantile(delays, [0, 0.5, 0.95, 1]), flush=True)
     return {"alpha": 0.1, "length": length, "alarms": alarms, "delays": delays}
+
+
+def delays_of_brighter_images(n_streams: int) -> list[int]:
+    """200 images to fit, 50 like them, and then such as are a tenth brighter."""
+    data = make_texture_defects("brick", n_train=1500, n_test_good=0, random_state=7)
+    good = data.X_train
+    brighter = (good * 1.1).clip(0, 255).astype(np.uint8)
+    delays = []
+    with TemporaryDirectory() as memory:
+        network = BackboneFeatures(stages="stage3", image_size=32, memory=memory)
+        detector = ConformalDetector(
+            make_pipeline(network, KNNScorer()), random_state=0
+        )
+        for draw in range(n_streams):
+            rows = np.random.default_rng(draw).permutation(len(good))
+            monitor = DriftMonitor(detector, random_state=draw).fit(good[rows[:200]])
+            monitor.update(good[rows[200:250]])
+            early = monitor.alarm_
+            monitor.update(brighter[rows[250:400]])
+            at = monitor.alarm_at_
+            delays.append(-1 if early else 10**6 if at is None else at - 50 + 1)
+    return delays
 
 
 def plot() -> None:
@@ -235,9 +280,29 @@ def plot() -> None:
     figure.savefig(images / "error_rates_interval.png", dpi=110)
 
 
+STUDIES: dict[str, Callable[[Any], Any]] = {
+    "intervals": lambda options: intervals(options.fits),
+    "discoveries": lambda options: discoveries(options.fits * 3 // 2),
+    "drift": lambda options: drift(options.streams, options.length),
+    "calibration": lambda options: calibration(options.fits),
+}
+
+
+def keep(name: str, before: Any, result: dict[str, Any], whole: bool = True) -> None:
+    """Write a study beside the others, or what is known of it; with its environment."""
+    path = RESULTS / "error_rates.json"
+    content = json.loads(path.read_text()) if path.exists() else {}
+    content[name] = result if whole else content.get(name, {}) | result
+    if before is not None:
+        environments = content.get("environment", {})
+        content["environment"] = {k: v for k, v in environments.items() if k in STUDIES}
+        content["environment"][name] = before
+    write_json("error_rates", content)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("study", choices=["run", "plot"])
+    parser.add_argument("study", nargs="?", choices=[*STUDIES, "plot"])
     parser.add_argument("--fits", type=int, default=200)
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--length", type=int, default=10_000)
@@ -246,9 +311,6 @@ if __name__ == "__main__":
     if arguments.study == "plot":
         plot()
     else:
-        result: dict[str, Any] = {"environment": environment()}
-        result["intervals"] = intervals(arguments.fits)
-        result["discoveries"] = discoveries(arguments.fits * 3 // 2)
-        result["drift"] = drift(arguments.streams, arguments.length)
-        result["calibration"] = calibration(arguments.fits)
-        write_json("error_rates", result)
+        for name in [arguments.study] if arguments.study else STUDIES:
+            before = environment()
+            keep(name, before, STUDIES[name](arguments))

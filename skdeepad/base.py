@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any, ClassVar, Self
 
@@ -20,11 +20,12 @@ from sklearn.utils import check_consistent_length, column_or_1d
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_is_fitted
 
-from .labels import known_normal, numeric_labels
+from .labels import is_anomaly, known_normal, numeric_labels
 from .parameters import ParametersMixin
 
 __all__ = [
     "AnomalyDetector",
+    "cheapest_threshold",
     "check_groups",
     "conformal_p_values",
     "count_below",
@@ -34,6 +35,7 @@ __all__ = [
     "numeric_labels",
     "seeded_clone",
     "threshold_below",
+    "too_few",
 ]
 
 
@@ -66,6 +68,12 @@ def check_groups(groups: ArrayLike | None, n_samples: int) -> NDArray[Any] | Non
     return numbers
 
 
+def _rounding(ordered: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Give the distance up to which a score and the one before it count as tied."""
+    sizes = np.maximum(np.abs(ordered), np.median(np.abs(ordered)))
+    return np.maximum(2 * ROUNDING * sizes, np.finfo(np.float64).tiny)
+
+
 def threshold_below(scores: NDArray[np.float64], share: float) -> float:
     """Give the threshold below which this share of new scores is expected to fall.
 
@@ -76,8 +84,7 @@ def threshold_below(scores: NDArray[np.float64], share: float) -> float:
     stay above it. It equals none of the scores.
     """
     ordered = np.sort(scores)
-    sizes = np.maximum(np.abs(ordered), np.median(np.abs(ordered)))
-    rounding = np.maximum(2 * ROUNDING * sizes, np.finfo(np.float64).tiny)
+    rounding = _rounding(ordered)
     at = share * (len(ordered) + 1)
     k = min(int(at), len(ordered) - 1)  # so many fall below
     weight = at - k
@@ -87,6 +94,37 @@ def threshold_below(scores: NDArray[np.float64], share: float) -> float:
         return float(ordered[0] - rounding[0])
     weight = min(max(weight, 0.05), 0.95)
     return float((1 - weight) * ordered[k - 1] + weight * ordered[k])
+
+
+def too_few(n: int, share: float) -> bool:
+    """Tell whether fewer than this share of new scores can fall below none of n."""
+    return share * (n + 1) < 1 - ROUNDING
+
+
+def cheapest_threshold(
+    normal: NDArray[np.float64],
+    anomalous: NDArray[np.float64],
+    false_alarm: float,
+    miss: float,
+) -> float:
+    """Give the threshold that costs least on samples whose labels are known.
+
+    `false_alarm` is what it costs to flag all normal samples, `miss` to flag no
+    anomaly. The threshold is halfway between two scores, or beyond all of them; of
+    thresholds that cost the same, the lowest is given.
+    """
+    scores = np.concatenate([normal, anomalous])
+    order = np.argsort(scores)
+    alarms = np.append(0, np.cumsum(order < len(normal))) / len(normal)
+    misses = 1 - np.append(0, np.cumsum(order >= len(normal))) / len(anomalous)
+    cost = false_alarm * alarms + miss * misses  # if so many scores are flagged
+    ordered = scores[order]
+    tied = np.diff(ordered) <= _rounding(ordered)[1:]
+    cost[1:-1][tied] = np.inf
+    n_flagged = int(np.argmax(cost <= cost.min() * (1 + ROUNDING)))
+    if n_flagged == len(scores):
+        return -threshold_below(-scores, 0)
+    return threshold_below(scores, (n_flagged + 0.5) / (len(scores) + 1))
 
 
 def count_below(
@@ -124,6 +162,19 @@ def keep_state_on_error(fit: Callable[..., Any]) -> Callable[..., Any]:
             raise
 
     return safe_fit
+
+
+def _check_cost(cost: Mapping[str, float], prevalence: float) -> tuple[float, float]:
+    """Give what it costs to flag all normal samples, and to flag no anomaly."""
+    names = "false_alarm", "miss"
+    if set(cost) != set(names) or not all(0 <= cost[name] < math.inf for name in names):
+        raise ValueError(
+            f"cost={cost!r} must say what errors cost, such as "
+            '{"false_alarm": 1, "miss": 20}.'
+        )
+    if not 0 < prevalence < 1:
+        raise ValueError(f"prevalence={prevalence!r} must be in (0, 1), such as 0.01.")
+    return (1 - prevalence) * cost["false_alarm"], prevalence * cost["miss"]
 
 
 class AnomalyDetector(ParametersMixin, OutlierMixin, BaseEstimator):
@@ -179,7 +230,7 @@ class AnomalyDetector(ParametersMixin, OutlierMixin, BaseEstimator):
         """
         told = held_out_scores if unseen is None else held_out_scores[unseen]
         n = len(told)
-        if self.contamination * (n + 1) < 1:
+        if too_few(n, self.contamination):
             needed = math.ceil(1 / self.contamination - 1)
             warnings.warn(
                 f"contamination={self.contamination} cannot be kept with the "
@@ -199,7 +250,13 @@ class AnomalyDetector(ParametersMixin, OutlierMixin, BaseEstimator):
 
     @keep_state_on_error
     def recalibrate(
-        self, X_good: Any = None, *, contamination: float | None = None
+        self,
+        X: Any = None,
+        y: ArrayLike | None = None,
+        *,
+        contamination: float | None = None,
+        cost: Mapping[str, float] | None = None,
+        prevalence: float | None = None,
     ) -> Self:
         """Set the threshold again, without learning again.
 
@@ -208,13 +265,25 @@ class AnomalyDetector(ParametersMixin, OutlierMixin, BaseEstimator):
 
         Parameters
         ----------
-        X_good : array-like, default=None
-            New normal samples, in any form that `fit` takes, such as the first good
+        X : array-like, default=None
+            New samples, in any form that `fit` takes, such as the first good
             parts of a new batch. None: the threshold is set by the held-out scores
-            that the detector keeps from `fit`, or from the last call with `X_good`.
+            that the detector keeps from `fit`, or from the last call with X.
+        y : array-like of shape (n_samples,), default=None
+            +1 for normal samples, -1 for anomalies. None: all are normal. Without
+            `cost`, anomalies do not count.
         contamination : float, default=None
             Share of new normal samples that may fall below the threshold, in
             (0, 0.5]; the parameter is set to it. None: the parameter as it is.
+        cost : dict, default=None
+            What errors cost, each at least 0: ``{"false_alarm": 1, "miss": 20}``. The
+            threshold is the one at which errors on X cost least on average, and the
+            parameter `contamination` is set to the share of normal samples below it,
+            ``(1 + number below) / (n_normal + 1)``, 0.5 at most. None: the threshold
+            is set by `contamination`.
+        prevalence : float, default=None
+            Share of anomalies among the samples to come, in (0, 1), for `cost`. None:
+            as in y.
 
         Returns
         -------
@@ -224,38 +293,89 @@ class AnomalyDetector(ParametersMixin, OutlierMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If `contamination` is out of range, if `X_good` is no valid input or has
-            no sample that can be read, or if it is None and no held-out scores are
-            kept.
+            If a parameter is out of range, if X is no valid input or has no normal
+            sample that can be read, if it is None and no held-out scores are kept, or
+            if `cost` is given without labelled samples of both kinds.
 
         Warns
         -----
         UserWarning
             If there are too few scores for `contamination`.
+
+        Notes
+        -----
+        With P_FA(t) the share of normal samples and P_miss(t) that of anomalies on the
+        wrong side of a threshold t, `cost` minimises ``(1 - prevalence) cost_FA P_FA(t)
+        + prevalence cost_miss P_miss(t)``. The threshold lies halfway between two
+        scores. It is chosen by the anomalies of X, so it is best for more of the
+        same kind; take samples that have not been trained on, and others to report on.
         """
+        self._recalibrate_by(X, y, contamination, cost, prevalence)
+        return self
+
+    def _recalibrate_by(
+        self,
+        X: Any,
+        y: ArrayLike | None,
+        contamination: float | None,
+        cost: Mapping[str, float] | None,
+        prevalence: float | None,
+        **more: Any,
+    ) -> None:
         check_is_fitted(self)
         if contamination is not None:
             self.contamination = contamination
+        if X is None:
+            if y is not None or cost is not None:
+                raise ValueError("y and cost need X: pass the samples that y labels.")
+            self._check_share()
+            self._recalibrate(None, None, None)
+            return
+        scores = self.score_samples(X)
+        anomalous = np.zeros(len(scores), bool) if y is None else is_anomaly(y)
+        check_consistent_length(scores, anomalous)
+        readable = ~np.isnan(scores)  # unreadable files have no score
+        good, bad = readable & ~anomalous, readable & anomalous
+        if not good.any():
+            raise ValueError(
+                "X has no normal sample that can be read. Pass some good ones."
+            )
+        offset = None
+        if cost is not None:
+            if not bad.any():
+                raise ValueError(
+                    "cost needs anomalies, but y labels none that can be read. Label "
+                    "anomalies -1, or leave cost out."
+                )
+            prevalence = (
+                bad.sum() / readable.sum() if prevalence is None else prevalence
+            )
+            costs = _check_cost(cost, prevalence)
+            offset = cheapest_threshold(scores[good], scores[bad], *costs)
+            below = int((scores[good] < offset).sum())
+            self.contamination = min((below + 1) / (good.sum() + 1), 0.5)
+        self._check_share()
+        self._recalibrate(X, scores, good, **more)
+        if offset is not None:
+            self.offset_ = offset
+
+    def _check_share(self) -> None:
         self._validate_params()
         if self.contamination is None:
             raise ValueError("contamination is None: pass the share, such as 0.05.")
-        self._recalibrate(X_good)
-        return self
 
-    def _recalibrate(self, X_good: Any) -> None:
-        """Set thresholds by the scores that were kept, or by new normal samples."""
-        if X_good is not None:
-            scores = self.score_samples(X_good)
-            scores = scores[~np.isnan(scores)]  # unreadable files have none
-            if not len(scores):
-                raise ValueError("X_good has no sample that can be read.")
-            self._set_offset(scores)
+    def _recalibrate(
+        self, X: Any, scores: NDArray[np.float64] | None, good: NDArray[np.bool_] | None
+    ) -> None:
+        """Set thresholds by the scores that were kept, or by the good of new ones."""
+        if scores is not None:
+            self._set_offset(scores[good])
             return
         kept = getattr(self, "_threshold_scores", None)
         if kept is None:
             raise ValueError(
                 f"This {type(self).__name__} keeps no held-out scores (it was fitted "
-                "with contamination=None, or by an older version). Pass X_good, some "
+                "with contamination=None, or by an older version). Pass X, some "
                 "normal samples."
             )
         self._set_offset(kept, self._unseen)
@@ -332,14 +452,14 @@ class AnomalyDetector(ParametersMixin, OutlierMixin, BaseEstimator):
         -----
         What is guaranteed: where held-out scores come from samples that no step
         learnt from (`HSCClassifier`, `DeepSVDD`, `DeepSAD`, `OpenSetClassifier`,
-        ``KDClonerEstimator(discrepancy="mahalanobis")``,
-        ``ConformalDetector(method="split")``), P(p <= t) <= t for new normal samples
+        `KDClonerEstimator`, ``ConformalDetector(method="split")``, and any detector
+        after ``recalibrate`` with new samples), P(p <= t) <= t for new normal samples
         that are exchangeable with the training samples, on average over training
         sets. ``ConformalDetector(method="cv+")`` guarantees 2 t and a little. Other
         detectors compare leave-one-out or out-of-fold scores with scores by all
         samples: no theorem bounds P(p <= t). It was measured to be about t for
-        scorers and `PANDAEstimator`, and too large, up to 2 t, for
-        ``KDClonerEstimator()`` (docs/error_rates.md has the table).
+        scorers, `PatchDetector` and `PANDAEstimator` (docs/error_rates.md has the
+        table).
 
         References
         ----------

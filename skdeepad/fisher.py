@@ -18,6 +18,7 @@ from .backbones import Backbone, load_backbone
 from .base import draw_seed
 from .inference import pool
 from .inputs import check_inputs, chunks, load_batches
+from .training import with_quick_gradients
 
 __all__ = ["fisher_diagonal"]
 
@@ -32,11 +33,11 @@ def mean_squared_gradients(
     """
     total = [torch.zeros_like(p) for p in parameters]
     n = 0
-    for loss in losses:
+    for loss in with_quick_gradients(losses):
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for sum_of_squares, gradient in zip(total, gradients, strict=True):
             if gradient is not None:
-                sum_of_squares += gradient.square()
+                sum_of_squares.addcmul_(gradient, gradient)
         n += 1
     return [sum_of_squares / n for sum_of_squares in total]
 

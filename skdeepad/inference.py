@@ -389,8 +389,8 @@ def regroup(batches: Iterable[Outputs], size: int) -> Iterator[Outputs]:
     index: NDArray[np.intp] = np.empty(0, dtype=np.intp)
     arrays: Arrays = []
     for more, new in batches:
+        arrays = join([arrays, new]) if len(index) else new
         index = np.append(index, more)
-        arrays = join([arrays, new]) if arrays else new
         while len(index) >= size:
             yield index[:size], [array[:size] for array in arrays]
             index, arrays = index[size:], [array[size:] for array in arrays]

@@ -113,7 +113,13 @@ SETTINGS = [
     ConformalDetector(IsolationForest(n_estimators=5, random_state=0)),
     ConformalDetector(GaussianScorer(), method="split"),
     ConformalDetector(KNNScorer(), method="cv+"),
-    RobustDetector(GaussianScorer(), training_contamination=0.0),
+    RobustDetector(GaussianScorer()),
+    RobustDetector(KNNScorer()),
+    RobustDetector(
+        IsolationForest(n_estimators=5, random_state=0),
+        training_contamination=0.0,
+        cv=2,
+    ),
     DetectorEnsemble(
         [
             ("knn", KNNScorer()),

@@ -20,13 +20,20 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.svm import OneClassSVM
 from torch import nn
+from torch.nn import functional as F
 
 from skdeepad import GaussianScorer, KNNScorer, OneClassKFold, PANDAEstimator
 from skdeepad.backbones import Backbone, load_backbone
 from skdeepad.fisher import fisher_diagonal, mean_squared_gradients, sampled_loss
 from skdeepad.inference import FeaturePass, regroup
 from skdeepad.objectives import compactness, elastic_penalty, outlier_exposure
-from skdeepad.training import DivergedError, shuffled_batches, train
+from skdeepad.training import (
+    DivergedError,
+    QuickGradients,
+    shuffled_batches,
+    train,
+    with_quick_gradients,
+)
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(120, 6)).astype(np.float32)
@@ -104,6 +111,53 @@ def test_mean_squared_gradients_are_of_single_samples():
     fisher = mean_squared_gradients([weight, unused], ((row @ weight) for row in x))
     assert_allclose(fisher[0], np.mean(x.numpy() ** 2, axis=0), rtol=1e-5)
     assert_array_equal(fisher[1], [0, 0])
+
+
+@pytest.mark.parametrize("shape, kernel", [((2, 3, 9, 11), 5), ((3, 2, 8, 5), (7, 5))])
+@pytest.mark.parametrize("stride", [1, 2, (3, 2)])
+@pytest.mark.parametrize("padding", [0, (2, 1), 3])
+def test_quick_gradients_are_those_of_autograd(shape, kernel, stride, padding):
+    x, *_ = tensors(np.prod(shape))
+    n_channels = shape[1]
+    conv = nn.Conv2d(
+        n_channels, n_channels, kernel, stride, padding, groups=n_channels, bias=False
+    ).double()
+    x = x.double().reshape(shape).requires_grad_(True)
+    plain = conv(x)
+    with QuickGradients():
+        quick = conv(x)
+    assert "DepthwiseConvolution" in type(quick.grad_fn).__name__
+    assert_array_equal(plain.detach(), quick.detach())
+    inputs = [x, conv.weight]
+    wanted = torch.autograd.grad(plain.sin().sum(), inputs)
+    for found, expected in zip(
+        torch.autograd.grad(quick.sin().sum(), inputs), wanted, strict=True
+    ):
+        assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(4, 4, 5, groups=4),
+        nn.Conv2d(4, 8, 5, groups=4, bias=False),
+        nn.Conv2d(4, 4, 5, groups=2, bias=False),
+        nn.Conv2d(4, 4, 3, groups=4, bias=False),
+        nn.Conv2d(4, 4, 5, groups=4, bias=False, padding="same"),
+        nn.Conv2d(4, 4, 5, groups=4, bias=False, dilation=2),
+        nn.Conv2d(4, 4, 5, groups=4, bias=False).requires_grad_(False),
+    ],
+)
+def test_other_convolutions_stay_as_they_are(conv):
+    x = torch.ones(1, 4, 9, 9, requires_grad=True)
+    outputs = with_quick_gradients(conv(x) for _ in range(2))
+    for output in outputs:
+        assert "DepthwiseConvolution" not in type(output.grad_fn).__name__
+    kernel = nn.Conv2d(4, 4, 5, groups=4, bias=False).weight
+    for output in with_quick_gradients([x]):
+        # only what is computed inside is changed
+        plain = F.conv2d(output, kernel, groups=4)
+        assert "DepthwiseConvolution" not in type(plain.grad_fn).__name__
 
 
 def test_sampled_loss_gives_the_fisher_information():

@@ -8,7 +8,7 @@ from estimators import PUBLIC, make
 from numpy.testing import assert_array_equal
 
 from skdeepad import HSCClassifier, KDClonerEstimator, KNNScorer, load, save
-from skdeepad.base import threshold_below
+from skdeepad.base import cheapest_threshold, threshold_below
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(60, 3))
@@ -66,6 +66,72 @@ def test_too_few_samples_are_told():
         detector.recalibrate(contamination=0.001)
 
 
+def test_least_cost():
+    """Against all thresholds between two scores, by the definition of cost."""
+    rng = np.random.default_rng(0)
+    detector = KNNScorer().fit(X)
+    new = np.concatenate([rng.normal(size=(40, 3)), 1.5 + rng.normal(size=(15, 3))])
+    y = np.repeat([1, -1], [40, 15])
+    scores = detector.score_samples(new)
+    ordered = np.sort(scores)
+    between = [ordered[0] - 1, *(ordered[1:] + ordered[:-1]) / 2, ordered[-1] + 1]
+    for cost, prevalence in (
+        ({"false_alarm": 1, "miss": 1}, None),
+        ({"false_alarm": 1, "miss": 20}, 0.05),
+        ({"false_alarm": 1, "miss": 1000}, None),
+        ({"false_alarm": 1, "miss": 0}, None),
+        ({"false_alarm": 0, "miss": 1}, 0.5),
+    ):
+
+        def expected(threshold, cost=cost, rare=prevalence or 15 / 55):
+            flagged = scores < threshold
+            alarms, misses = flagged[:40].mean(), 1 - flagged[40:].mean()
+            return (1 - rare) * cost["false_alarm"] * alarms + (
+                rare * cost["miss"] * misses
+            )
+
+        detector.recalibrate(new, y, cost=cost, prevalence=prevalence)
+        costs = [expected(t) for t in between]
+        assert expected(detector.offset_) == pytest.approx(min(costs))
+        lowest = between[int(np.argmin(np.round(costs, 12)))]
+        assert (scores < detector.offset_).sum() == (scores < lowest).sum()
+        assert detector.offset_ not in scores
+        below = (scores[:40] < detector.offset_).sum()
+        assert detector.contamination == pytest.approx(min((below + 1) / 41, 0.5))
+        assert_array_equal(detector.held_out_scores_, np.sort(scores[:40]))
+    detector.recalibrate(contamination=0.2)  # by the normal ones of them
+    assert detector.offset_ == threshold_below(scores[:40], 0.2)
+    detector.recalibrate(new, y)
+    assert detector.offset_ == threshold_below(scores[:40], 0.2)
+
+
+def test_tied_scores_stay_together():
+    tied = np.array([3.0, 3.0 * (1 + 1e-12)])
+    offset = cheapest_threshold(np.append(tied, 5), np.append(tied, 1), 1, 10)
+    assert 3 < offset < 5
+    assert cheapest_threshold(np.array([1.0]), np.array([2.0]), 1, 5) > 2
+    assert cheapest_threshold(np.array([1.0]), np.array([2.0]), 5, 1) < 1
+
+
+def test_what_costs_need():
+    detector = KNNScorer().fit(X)
+    before, cost = detector.offset_, {"false_alarm": 1, "miss": 2}
+    y = np.repeat([1, -1], 25)
+    for options, message in (
+        ({"cost": cost}, "need X"),
+        ({"X": GOOD, "cost": cost}, "y labels none"),
+        ({"X": GOOD, "y": y, "cost": {"miss": 2}}, "what errors cost"),
+        ({"X": GOOD, "y": y, "cost": {**cost, "miss": -1}}, "what errors cost"),
+        ({"X": GOOD, "y": y, "cost": cost, "prevalence": 1.0}, "prevalence"),
+        ({"X": GOOD, "y": (1 - y) // 2, "cost": cost}, r"y must be \+1"),
+        ({"X": GOOD, "y": y[:9], "cost": cost}, "inconsistent"),
+        ({"X": GOOD, "y": np.full(50, -1)}, "no normal sample"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            detector.recalibrate(**options)
+    assert detector.offset_ == before and detector.contamination == 0.05
+
+
 def test_what_is_kept_is_saved(tmp_path):
     detector = KNNScorer().fit(X)
     save(detector, tmp_path / "file")
@@ -111,6 +177,6 @@ def test_unreadable_files_are_left_out(photos, image_files, tmp_path):
     assert np.isfinite([detector.offset_, detector.map_offset_]).all()
     with (
         pytest.warns(UserWarning, match="skipped"),
-        pytest.raises(ValueError, match="X_good has no sample that can be read"),
+        pytest.raises(ValueError, match="X has no normal sample that can be read"),
     ):
         detector.recalibrate([broken])

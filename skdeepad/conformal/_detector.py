@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -14,16 +14,18 @@ from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.validation import _num_samples
 
 from ..base import (
-    conformal_p_values,
     count_below,
     keep_state_on_error,
     seeded_clone,
     threshold_below,
+    too_few,
 )
 from ..detectors._base import by_rank_as_unseen
 from ..detectors._refits import RefitSamples, sample_digests
 from ..scorers._base import HeldOutScores
 from ._base import RefittedDetector
+
+WHOLE = -1  # in the place of a fold: compared with scores by the fit to all
 
 
 class ConformalDetector(RefittedDetector):
@@ -143,7 +145,7 @@ class ConformalDetector(RefittedDetector):
         kinds, numbers = _check_categories(categories, _num_samples(samples.X))
         detector = seeded_clone(self.estimator, check_random_state(self.random_state))
         n = len(samples.normal)
-        scores, fold_of = np.full(n, np.nan), np.zeros(n, dtype=np.intp)
+        scores, fold_of = np.full(n, np.nan), np.full(n, WHOLE)
         self.estimators_: list[Any] = []
         for fitted, fold, found in samples.refits(detector, self.cv):
             scores[fold] = found
@@ -164,23 +166,93 @@ class ConformalDetector(RefittedDetector):
         scored = ~np.isnan(scores)
         self._set_offset(scores[scored], unseen[scored])
         self._held_out = HeldOutScores(samples.digests[scored], scores[scored])
-        self._scores, self._fold = scores[unseen], fold_of[unseen]
-        self._category = numbers[samples.normal][unseen]
+        self._fold = fold_of[scored]
+        self._category = numbers[samples.normal][scored]
         self._set_category_offsets(kinds)
         return self
+
+    @keep_state_on_error
+    def recalibrate(
+        self,
+        X: Any = None,
+        y: ArrayLike | None = None,
+        *,
+        contamination: float | None = None,
+        cost: Mapping[str, float] | None = None,
+        prevalence: float | None = None,
+        categories: ArrayLike | None = None,
+    ) -> Self:
+        """Set the thresholds again, and what p-values compare with; do not learn again.
+
+        With ``method="cv+"``, p-values compare new scores of X by `estimator_`, of
+        which none took part in a fit, as those of "split" do.
+
+        Parameters
+        ----------
+        categories : array-like of shape (n_samples,), default=None
+            The category of each sample in X, if `fit` was given categories. Those of
+            which X has no sample stay as they are, and new ones are added. Each
+            keeps `contamination`; `cost` cannot be given as well.
+
+        Raises
+        ------
+        ValueError
+            If categories are missing, not as many as samples, or given with `cost`.
+        """
+        more = {} if X is None else {"categories": categories}
+        if X is not None:
+            self._check_presence(categories)
+        elif categories is not None:
+            raise ValueError("categories need X: pass the samples that they are of.")
+        if cost is not None and categories is not None:
+            raise ValueError(
+                "cost sets one threshold, but there is one for each category. Leave "
+                "cost out, or fit a detector for each category."
+            )
+        self._recalibrate_by(X, y, contamination, cost, prevalence, **more)
+        return self
+
+    def _recalibrate(
+        self,
+        X: Any,
+        scores: NDArray[np.float64] | None,
+        good: NDArray[np.bool_] | None,
+        categories: ArrayLike | None = None,
+    ) -> None:
+        if scores is None or good is None:
+            super()._recalibrate(None, None, None)
+            self._set_category_offsets(list(self.category_offsets_))
+            return
+        found, numbers = _check_categories(categories, len(scores))
+        known = list(self.category_offsets_)
+        kinds = known + [kind for kind in found if kind not in known]
+        if found:
+            numbers = np.array([kinds.index(kind) for kind in found])[numbers]
+        kept = self._held_out_rows & ~np.isin(self._category, numbers[good])
+        values = np.append(np.asarray(self._threshold_scores)[kept], scores[good])
+        self._fold = np.append(self._fold[kept], np.full(good.sum(), WHOLE))
+        self._category = np.append(self._category[kept], numbers[good])
+        self._set_offset(values, np.ones(len(values), dtype=bool))
+        self._set_category_offsets(kinds)
+
+    @property
+    def _held_out_rows(self) -> NDArray[np.bool_]:
+        """Which of the scores that thresholds are set by are held out."""
+        return np.asarray(self._unseen)
 
     def _set_category_offsets(self, kinds: list[Any]) -> None:
         self.category_offsets_: dict[Any, float] = {}
         few = []
         for number, kind in enumerate(kinds):
-            scores = self._scores[self._category == number]
+            of_kind = self._held_out_rows & (self._category == number)
+            scores = np.asarray(self._threshold_scores)[of_kind]
             if not len(scores):
                 raise ValueError(
                     f"categories: no normal sample of {kind!r} has a held-out score. "
                     "Pass more samples of it, or none."
                 )
             self.category_offsets_[kind] = threshold_below(scores, self.contamination)
-            if self.contamination * (len(scores) + 1) < 1:
+            if too_few(len(scores), self.contamination):
                 few.append(f"{kind!r} ({len(scores)})")
         if few:
             warnings.warn(
@@ -191,6 +263,13 @@ class ConformalDetector(RefittedDetector):
                 stacklevel=3,
             )
 
+    def _check_presence(self, categories: ArrayLike | None) -> None:
+        if (categories is None) == bool(self.category_offsets_):
+            raise ValueError(
+                "categories must be passed here if they were passed to fit, and only "
+                "then."
+            )
+
     def _by_category(
         self, categories: ArrayLike | None, n: int
     ) -> Iterator[tuple[float, NDArray[np.bool_], NDArray[np.bool_]]]:
@@ -198,13 +277,9 @@ class ConformalDetector(RefittedDetector):
 
         All samples are of one category where `fit` was given none.
         """
-        if (categories is None) == bool(self.category_offsets_):
-            raise ValueError(
-                "categories must be passed here if they were passed to fit, and only "
-                "then."
-            )
+        self._check_presence(categories)
         if categories is None:
-            yield self.offset_, np.ones(n, dtype=bool), np.ones(len(self._scores), bool)
+            yield self.offset_, np.ones(n, dtype=bool), self._held_out_rows
             return
         kinds, numbers = _check_categories(categories, n)
         known = list(self.category_offsets_)
@@ -214,8 +289,8 @@ class ConformalDetector(RefittedDetector):
                     f"categories holds {kind!r}, which fit has not seen; it has seen "
                     f"{', '.join(map(repr, known))}."
                 )
-            held_out = self._category == known.index(kind)
-            yield self.category_offsets_[kind], numbers == number, held_out
+            of_kind = self._held_out_rows & (self._category == known.index(kind))
+            yield self.category_offsets_[kind], numbers == number, of_kind
 
     def decision_function(
         self, X: Any, categories: ArrayLike | None = None
@@ -273,23 +348,21 @@ class ConformalDetector(RefittedDetector):
             If categories are missing, unknown, or not as many as samples.
         """
         scores = self.score_samples(X)
-        p = np.empty(len(scores))
-        pairs = list(self._by_category(categories, len(scores)))
-        for _, new, held_out in pairs:
-            p[new] = conformal_p_values(np.sort(self._scores[held_out]), scores[new])
-        if self.method != "cv+":
-            return p
-        known, _ = self._held_out.known(sample_digests(X))
-        unknown = ~(known | np.isnan(scores))
-        by_fold = [np.asarray(fitted.score_samples(X)) for fitted in self.estimators_]
-        for _, new, held_out in pairs:
-            of_fold = [held_out & (self._fold == k) for k in range(len(by_fold))]
-            below = sum(
-                count_below(np.sort(self._scores[held]), found[new & unknown])
-                for held, found in zip(of_fold, by_fold, strict=True)
-            )
-            p[new & unknown] = (1 + below) / (held_out.sum() + 1)
-        return p
+        by_fold = {WHOLE: scores}
+        folds = np.setdiff1d(self._fold, [WHOLE])
+        if len(folds):
+            trained, _ = self._held_out.known(sample_digests(X))
+            for k in folds.tolist():
+                found = np.asarray(self.estimators_[k].score_samples(X))
+                by_fold[k] = np.where(trained, scores, found)
+        p, kept = np.empty(len(scores)), np.asarray(self._threshold_scores)
+        for _, new, held_out in self._by_category(categories, len(scores)):
+            below = np.zeros(int(new.sum()), dtype=np.intp)
+            for k, found in by_fold.items():
+                of_fold = kept[held_out & (self._fold == k)]
+                below += count_below(np.sort(of_fold), found[new])
+            p[new] = (1 + below) / (held_out.sum() + 1)
+        return np.where(np.isnan(scores), np.nan, p)
 
 
 def _check_categories(

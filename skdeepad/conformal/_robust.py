@@ -7,21 +7,21 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import norm
+from scipy.stats import binom, norm
 from sklearn.base import _fit_context, clone
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _num_samples
 
 from ..base import draw_seed, keep_state_on_error, seeded_clone
-from ..detectors._refits import RefitSamples
+from ..detectors._refits import RefitSamples, leaves_one_out
 from ..scorers._base import HeldOutScores
 from ._base import RefittedDetector
 
 N_ROUNDS = 3
-MOST = 0.25  # share that is trimmed until the share of anomalies is known
 BULK = 0.1, 0.7  # quantiles of distances between which normal samples are alone
 STANDS_OUT = 2.5  # standard deviations beyond the bulk
+CHANCE = 0.01  # at which as many of one distribution may be beyond
 
 
 class RobustDetector(RefittedDetector):
@@ -29,16 +29,21 @@ class RobustDetector(RefittedDetector):
 
     Anomalies among the training samples harm the ranking of new samples little, and the
     threshold much: it moves beyond them. Here, in three rounds, all samples are scored
-    by fits without their fold, and those that look least normal are left out of the
-    next round's fits [1]_. The last fit sees the others only.
+    as if they were new, and those that look least normal are left out of the
+    next round [1]_. The last fit sees the others only.
+
+    Scorers, `MahalanobisFeatureScorer` and `PatchDetector`, also behind frozen steps,
+    know by themselves how training samples would score as new ones: a round is one
+    fit. All other detectors are fitted again without each of `cv` folds.
 
     Parameters
     ----------
     training_contamination : float or "auto", default="auto"
         Share of the training samples that are not normal, in [0, 0.5). "auto": as many
-        as stand out from the others. Anomalies that do not stand out are not
-        counted, so state the share if you know it. Not to be confused with
-        `contamination`, the share of false alarms among new normal samples.
+        as stand out from the others in each round; none, if no more do than by
+        chance. Anomalies that do not stand out are not counted, so state the share if
+        you know it. Not to be confused with `contamination`, the share of false alarms
+        among new normal samples.
 
     Attributes
     ----------
@@ -54,8 +59,8 @@ class RobustDetector(RefittedDetector):
         The threshold on ``score_samples``: the `contamination` quantile of
         `held_out_scores_`.
     held_out_scores_ : ndarray of float64, shape (n_held_out,)
-        Scores of training samples by fits without their fold, sorted, without the
-        lowest, which are taken for anomalies.
+        Scores of training samples as if they were new, sorted, without the lowest,
+        which are taken for anomalies.
 
     See Also
     --------
@@ -70,6 +75,9 @@ class RobustDetector(RefittedDetector):
     2.5 of its standard deviations, less what chance puts there, is the share that
     stands out. The threshold takes it for the share of anomalies, or the mean of it and
     of half the share that was left out if that is more, but no more than were left out.
+
+    No estimate from scores alone can do better where anomalies score like normal
+    samples: the normal ones' distribution is not known, and may have any tail.
 
     References
     ----------
@@ -115,12 +123,11 @@ class RobustDetector(RefittedDetector):
         samples = RefitSamples.check(X, y, groups)
         rng = check_random_state(self.random_state)
         detector = seeded_clone(self.estimator, rng)
-        seed, share = draw_seed(rng), self.training_contamination
-        if isinstance(share, str):
-            scores, _ = self._trim(samples, detector, MOST, seed)
-            share = min(share_standing_out(scores[~np.isnan(scores)]), MOST)
-        scores, used = self._trim(samples, detector, share, seed)
-        self._keep(samples.fit(clone(detector), np.flatnonzero(used)))
+        seed = draw_seed(rng)
+        fitted, scores, used, share = self._trim(
+            samples, detector, seed, groups is None and leaves_one_out(detector)
+        )
+        self._keep(fitted)
         scored = np.flatnonzero(~np.isnan(scores))
         ordered = np.sort(scores[scored])
         visible = share_standing_out(ordered)
@@ -134,28 +141,53 @@ class RobustDetector(RefittedDetector):
         return self
 
     def _trim(
-        self, samples: RefitSamples, detector: Any, share: float, seed: int
-    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Score samples by fits to others that look normal, and tell which do."""
-        used = np.ones(len(samples.normal), dtype=bool)
-        for i in range(N_ROUNDS if share else 1):
-            scores = samples.refitted_scores(
-                detector, self.cv, used, (seed + i) % 2**31
-            )
-            order = np.argsort(scores)  # NaN last
+        self, samples: RefitSamples, detector: Any, seed: int, once: bool
+    ) -> tuple[Any, NDArray[np.float64], NDArray[np.bool_], float]:
+        """Fit to those that look normal; give the fit, all scores, which, and a share.
+
+        The share is that of the others. Scores are those of new samples, of one fit
+        if it gives such (`once`), and otherwise of fits without each fold.
+        """
+        everything = np.arange(len(samples.normal))
+        used, share = np.ones(len(everything), dtype=bool), 0.0
+        for i in range(N_ROUNDS + 1):
+            if once:
+                fitted = samples.fit(clone(detector), np.flatnonzero(used))
+                scores = np.asarray(fitted.score_samples(samples.take(everything)))
+            else:
+                scores = samples.refitted_scores(
+                    detector, self.cv, used, (seed + i) % 2**31
+                )
+            if i == N_ROUNDS:
+                break
+            given: Any = self.training_contamination
             n_scored = int((~np.isnan(scores)).sum())
-            used = np.zeros(len(scores), dtype=bool)
-            used[order[round(share * n_scored) : n_scored]] = True
-        return scores, used
+            order = np.argsort(scores)[:n_scored]  # NaN last
+            share = share_standing_out(scores[order]) if given == "auto" else given
+            kept = np.zeros(len(used), dtype=bool)
+            kept[order[round(share * n_scored) :]] = True
+            if (kept == used).all():
+                break
+            used = kept
+        if not once:
+            fitted = samples.fit(clone(detector), np.flatnonzero(used))
+        return fitted, scores, used & ~np.isnan(scores), share
 
 
 def share_standing_out(scores: NDArray[np.float64]) -> float:
-    """Give the share of samples that are no part of the bulk's distribution."""
+    """Give the share of samples that are no part of the bulk's distribution.
+
+    It is 0 where so many of one distribution are beyond by chance, in one case of 100.
+    """
     distances = np.sort(np.log(-scores) if scores.max() < 0 else -scores)
-    levels = (np.arange(len(distances)) + 0.5) / len(distances)
+    n = len(distances)
+    levels = (np.arange(n) + 0.5) / n
     bulk = (levels > BULK[0]) & (levels < BULK[1])
     if bulk.sum() < 2:
         return 0.0
     spread, middle = np.polyfit(norm.ppf(levels[bulk]), distances[bulk], 1)
-    beyond = (distances > middle + STANDS_OUT * spread).mean()
-    return max(0.0, float(beyond - norm.sf(STANDS_OUT)))
+    n_beyond = int((distances > middle + STANDS_OUT * spread).sum())
+    by_chance = norm.sf(STANDS_OUT)
+    if binom.sf(n_beyond - 1, n, by_chance) > CHANCE:
+        return 0.0
+    return float(n_beyond / n - by_chance)

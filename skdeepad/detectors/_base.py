@@ -219,6 +219,17 @@ class TrainedDetector(BackboneDetector):
         "max_cache_bytes": [Interval(Integral, 0, None, closed="left")],
     }
 
+    def _set_held_out(
+        self,
+        digests: NDArray[np.uint64],
+        scores: NDArray[np.float64],
+        held_out: NDArray[np.bool_],
+    ) -> None:
+        """Set the threshold by images that were held out; the others are ranked."""
+        if not held_out.all():
+            scores[~held_out] = by_rank_as_unseen(scores[~held_out], scores[held_out])
+        self._set_threshold(digests, scores, held_out if held_out.any() else None)
+
     def _take_steps(
         self,
         optimizer: torch.optim.Optimizer,

@@ -27,8 +27,6 @@ from ..training import batchnorm_batches
 from ._base import (
     TrainedDetector,
     TrainingSamples,
-    as_unseen,
-    by_rank_as_unseen,
     find_related,
     hold_out,
 )
@@ -332,10 +330,13 @@ default="fashion_mnist"
         rows = np.flatnonzero(~np.isnan(averages).any(axis=(1, 2)))
         self._check_enough(len(rows))
         widths = [shape[0] for shape in shapes[1:]]
-        means, scales = channel_scales(averages[rows], widths, self.standardize)
         groups = samples.groups_of(rows)
         related = find_related(groups, averages[rows, 0], digests[rows])
         held_out = hold_out(related, self.validation_fraction, rng)
+        # nothing is learnt from those that are held out: they count as new ones
+        means, scales = channel_scales(
+            averages[rows[~held_out]], widths, self.standardize
+        )
         seed = draw_seed(rng)
         cloner = self._make_cloner(sample_shape, shapes, seed)
         network = SourceAndCloner(self.backbone_, cloner, self.stages_, means, scales)
@@ -483,15 +484,7 @@ default="fashion_mnist"
     def _learn_threshold(
         self, losses: NDArray[np.float32], held_out: NDArray[np.bool_]
     ) -> None:
-        scores = self._score(losses)
-        trained, unseen = scores[~held_out], scores[held_out]
-        if self._network.scored:  # precisions were learnt from those trained on
-            scores[~held_out] = by_rank_as_unseen(trained, unseen)
-            told = held_out if held_out.any() else None
-            self._set_threshold(row_digests(losses), scores, told)
-            return
-        scores[~held_out] = as_unseen(trained, unseen)
-        self._set_threshold(row_digests(losses), scores)
+        self._set_held_out(row_digests(losses), self._score(losses), held_out)
 
     def _score(self, losses: NDArray[np.float32]) -> NDArray[np.float64]:
         if self._network.scored:

@@ -196,10 +196,13 @@ class AnomalyMapMixin(Detector):
     def _set_map_offset(self) -> None:
         self.map_offset_ = -threshold_below(-self._map_peaks, self.contamination)
 
-    def _recalibrate(self, X_good: Any) -> None:
-        super()._recalibrate(X_good)
+    def _recalibrate(
+        self, X: Any, scores: NDArray[np.float64] | None, good: NDArray[np.bool_] | None
+    ) -> None:
+        super()._recalibrate(X, scores, good)
         if not np.isnan(getattr(self, "map_offset_", np.nan)):
-            if X_good is not None:
-                self._learn_map_offset(self._check_inputs(X_good))
+            if good is not None:
+                inputs = self._check_inputs(X)
+                self._learn_map_offset(inputs.take(np.flatnonzero(good)))
             else:
                 self._set_map_offset()

@@ -346,7 +346,7 @@ None, default="ewc"
         stages = self._copy_stages()
         front = self._front()
         (self._front_shape,) = front.shapes(front.sample_shape(inputs))
-        self._set_versions({"step0": copy.deepcopy(stages)})
+        self._set_versions({"step0": stages})
         outputs = PassOutputs(front, inputs, self.max_cache_bytes)
         first = outputs.keep(self._run(front, inputs, not self.adaptation))
         features = self._gather(self._embed(first), len(inputs))
@@ -424,8 +424,7 @@ None, default="ewc"
         self._versions = Adapted(
             self.backbone_, first, versions, self._front_shape
         ).frozen()
-        (features,) = self._versions.probe()
-        self._widths = [features.shape[1] // len(versions)] * len(versions)
+        self._widths = self._widths[:1] * len(versions)  # the last stage's, each
 
     def _hold_out(
         self, related: NDArray[Any], rng: np.random.RandomState

@@ -17,7 +17,8 @@ from sklearn.utils.validation import _num_samples
 from ..base import AnomalyDetector, check_groups, known_normal
 from ..features import BackboneFeatures
 from ..inputs import Vectors, check_inputs, open_inputs
-from ..scorers._base import copies_together, row_digests, split_in_folds
+from ..scorers._base import Scorer, copies_together, row_digests, split_in_folds
+from ._base import BackboneDetector, TrainedDetector
 
 
 def steps_of(detector: Any) -> list[Any]:
@@ -40,6 +41,19 @@ def scores_are_held_out(detector: Any) -> bool:
         or not get_tags(step).requires_fit
         for step in before
     )
+
+
+def leaves_one_out(detector: Any) -> bool:
+    """Tell whether one fit gives all scores as new samples would have them.
+
+    So it is where training samples are left out one by one or in folds, and not where
+    a network was trained on them.
+    """
+    last = steps_of(detector)[-1]
+    by_design = isinstance(last, Scorer) or (
+        isinstance(last, BackboneDetector) and not isinstance(last, TrainedDetector)
+    )
+    return by_design and scores_are_held_out(detector)
 
 
 def sample_digests(X: Any) -> NDArray[np.uint64]:

@@ -33,7 +33,6 @@ from ._base import (
     N_STAGES,
     TrainedDetector,
     TrainingSamples,
-    by_rank_as_unseen,
     find_related,
     hold_out,
 )
@@ -336,10 +335,7 @@ class ObjectiveDetector(TrainedDetector):
         """Set the threshold by outputs for training samples, some held out."""
         scores = self._score(found)
         self._warn_of_collapse(scores)
-        if not held_out.all():
-            scores[~held_out] = by_rank_as_unseen(scores[~held_out], scores[held_out])
-        unseen = held_out if held_out.any() else None
-        self._set_threshold(row_digests(found), scores, unseen)
+        self._set_held_out(row_digests(found), scores, held_out)
 
     def _warn_of_collapse(self, scores: NDArray[np.float64]) -> None:
         """Warn if all images have one score."""
