@@ -189,12 +189,14 @@ class PositionShares(AnomalyMapMixin):
         """
         return super().locate(X)
 
-    def _recalibrate(self, X_good: Any) -> None:
-        super()._recalibrate(X_good)
+    def _recalibrate(
+        self, X: Any, scores: NDArray[np.float64] | None, good: NDArray[np.bool_] | None
+    ) -> None:
+        super()._recalibrate(X, scores, good)
         # of files of versions that had no maps
         missing = np.isnan(getattr(self, "map_offset_", np.nan))
-        if X_good is not None and missing and self._has_maps():
-            self._learn_map_offset(self._check_inputs(X_good))
+        if good is not None and missing and self._has_maps():
+            self._learn_map_offset(self._check_inputs(X).take(np.flatnonzero(good)))
 
 
 class OutputShares(PositionShares):
