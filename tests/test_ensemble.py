@@ -369,6 +369,10 @@ def test_maps_of_members_over_their_thresholds(textures):
     found = ensemble.anomaly_map(textures.X_test)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     assert ensemble.map_offset_ == 1
+    largest = DetectorEnsemble(ensemble.estimators, combine="max").fit(textures.X_train)
+    maps = [m.anomaly_map(textures.X_test) / m.map_offset_ for m in largest.estimators_]
+    found = largest.anomaly_map(textures.X_test)
+    np.testing.assert_allclose(found, np.max(maps, axis=0), rtol=1e-6)
     whole.map_offset_ = np.nan
     with pytest.raises(ValueError, match="'whole' have the threshold nan"):
         ensemble.anomaly_map(textures.X_test)

@@ -180,6 +180,14 @@ DETECTORS = {
         scale="rank",
         weights=[1, 3],
     ),
+    "largest": skdeepad.DetectorEnsemble(
+        [("a", mahalanobis()), ("b", patches(stages="two"))], combine="max"
+    ),
+    "largest of ranks": skdeepad.DetectorEnsemble(
+        [("a", mahalanobis()), ("b", mahalanobis(stages="two"))],
+        scale="rank",
+        combine="max",
+    ),
     "conformal": skdeepad.ConformalDetector(
         make_pipeline(features(), skdeepad.KNNScorer()), method="split", random_state=0
     ),
@@ -473,6 +481,7 @@ def test_files_that_are_no_exported_detector(exported, tmp_path):
     ("detector", "message"),
     [
         (patches(scorer=LocalOutlierFactor(novelty=True)), "only scorer='memory'"),
+        (patches(tile_size=16), "with tile_size"),
         (open_set(perturbation=0.01), "needs gradients"),
         (make_pipeline(features(), IsolationForest(random_state=0)), "IsolationForest"),
         (

@@ -61,8 +61,8 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
         that see different things. For images, both at 160 pixels: "patches", a
         `PatchDetector`, for small defects, and "cosine", the cosine distance to the
         nearest neighbours in a pretrained EfficientNet-Lite0's last stage, for other
-        kinds of things. For vectors, the cosine and the Mahalanobis distance to the
-        nearest neighbours.
+        kinds of things (``named_estimators_["patches"]`` has maps). For vectors, the
+        cosine and the Mahalanobis distance to the nearest neighbours.
     scale : {"log", "rank"}, default="log"
         What is averaged. "log": the logarithm of a member's anomaly score over its
         median on the training samples, for scores that are distances. "rank": the
@@ -363,9 +363,10 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
         """Show where in images the anomaly is: the members' maps on one scale.
 
         Each member's map is divided by its threshold on maps, and their weighted mean
-        is taken. Where it exceeds 1, `map_offset_`, one of the members' maps exceeds
-        its threshold: with n members, at most n times `contamination` of normal images
-        do so, and fewer where members agree. The mean of such a map is no score.
+        is taken, or the largest with ``combine="max"``. Where it exceeds 1,
+        `map_offset_`, one of the members' maps exceeds its threshold: with n members,
+        at most n times `contamination` of normal images do so, and fewer where members
+        agree. The mean of such a map is no score.
 
         Returns
         -------
@@ -388,10 +389,12 @@ class DetectorEnsemble(MetaEstimatorMixin, AnomalyDetector, _BaseComposition):
                     f"The maps of {name!r} have the threshold {level}, so they cannot "
                     "be brought to one scale. Leave it out, or use its own maps."
                 )
-        scales = self._shares / levels
+        largest = getattr(self, "_largest", False)  # files of 0.1.0 have none
+        scales = (1 if largest else self._shares) / np.array(levels)
+        join: Any = np.max if largest else np.sum
         of_members = [member.anomaly_map(X) for member in self.estimators_]
         maps = [
-            np.sum([s * m for s, m in zip(scales, found, strict=True)], axis=0)
+            join([s * m for s, m in zip(scales, found, strict=True)], axis=0)
             for found in zip(*of_members, strict=True)
         ]
         maps = [found.astype(np.float32) for found in maps]

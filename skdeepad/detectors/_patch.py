@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.ndimage import distance_transform_edt
 from sklearn.base import BaseEstimator, _fit_context
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.metaestimators import available_if
@@ -25,14 +24,7 @@ from ..base import (
 )
 from ..frozen import fingerprint
 from ..inference import Arrays, Features, Outputs, PassOutputs, Tap
-from ..inputs import (
-    Tiles,
-    Vectors,
-    cells_covered,
-    chunks,
-    read_region,
-    resized_mask,
-)
+from ..inputs import Tiles, Vectors, chunks, resized_mask
 from ..scorers._base import HeldOutScores, row_digests
 from . import _tiles
 from ._base import N_STAGES, BackboneDetector, TrainingSamples, find_related
@@ -310,15 +302,7 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
         self._tile = _tiles.check_tiles(self)
         front = self._front()
         _, *raster = (*front.shapes(front.sample_shape(inputs))[0], 1, 1)[:3]
-        self._mask = None if self.mask is None else read_region(self.mask, self)
-        self._cells = np.ones(raster, dtype=bool)
-        if self._mask is not None and self._tile is None:
-            self._cells = cells_covered(self._mask, (raster[0], raster[1]))
-            if not self._cells.any():
-                raise ValueError(
-                    f"mask leaves none of the {raster[0]} x {raster[1]} positions: "
-                    "it must be nonzero where to look, in a region that is larger."
-                )
+        self._mask, self._cells = _tiles.region(self, (raster[0], raster[1]))
         width = sum(self._widths)
         self._channels = np.arange(width)
         if self.n_features is not None and self.n_features < width:
@@ -433,9 +417,7 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
         rasters = map(self._on_raster, blocks)
         if isinstance(inputs, Tiles):
             of_block = np.array_split(rows, len(blocks))
-            drawn = self._drawn(inputs, zip(of_block, rasters, strict=True))
-            peaks = [self._inside(m).max() for _, m in _tiles.blend(drawn, inputs)]
-            return np.array(peaks, dtype=np.float64)
+            return _tiles.peaks(self, inputs, zip(of_block, rasters, strict=True))
         maps = (self._inside(self._refined(raster)) for raster in rasters)
         return np.concatenate([m.max(axis=(1, 2)) for m in maps]).astype(np.float64)
 
@@ -579,6 +561,7 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
     def _scores_of(
         self, inputs: Any, index: NDArray[np.intp], patches: Patches
     ) -> NDArray[np.float64]:
+        """Score patches; NaN where a tile is outside the mask."""
         return _tiles.hidden(inputs, index, self._density.score(patches) / self._scale)
 
     def score_samples(self, X: Any) -> NDArray[np.float64]:
@@ -590,14 +573,10 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
         return np.asarray(self._held_out.recall(digests, scores))  # type: ignore[union-attr]
 
     def _on_raster(self, scores: NDArray[np.float64]) -> NDArray[np.float32]:
-        """Put scores of positions in place; outside the mask, those of the nearest."""
-        nearest = np.cumsum(self._cells).reshape(self._cells.shape) - 1
-        if not self._cells.all():
-            rows, columns = distance_transform_edt(
-                ~self._cells, return_distances=False, return_indices=True
-            )
-            nearest = nearest[rows, columns]
-        return _tiles.fill(scores[:, nearest].astype(np.float32))
+        """Put scores in place; outside the mask, those of the nearest position."""
+        rasters = np.full((len(scores), *self._cells.shape), np.nan, np.float32)
+        rasters[:, self._cells] = scores
+        return _tiles.fill(rasters)
 
     def _maps(self, inputs: Any) -> Iterator[tuple[int, NDArray[np.float32]]]:
         rows = self._cut(inputs)
@@ -609,5 +588,4 @@ class PatchDetector(AnomalyMapMixin, BackboneDetector):
         """Make maps 0 outside the mask."""
         if self._mask is None:
             return maps
-        size: Any = maps.shape[-2:]
-        return maps * resized_mask(self._mask, size)
+        return maps * resized_mask(self._mask, maps.shape[-2:])

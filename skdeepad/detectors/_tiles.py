@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 
 from ..inference import Arrays, Outputs
-from ..inputs import Tiles, check_size
+from ..inputs import Tiles, cells_covered, check_size, read_region
 from ..scorers._base import row_digests
 
 
@@ -43,6 +43,24 @@ def check_tile_size(size: Any) -> tuple[int, int]:
     pair = (size, size) if isinstance(size, Integral) else size
     height, width = check_size("tile_size", pair)
     return height, width
+
+
+def region(
+    detector: Any, raster: tuple[int, int]
+) -> tuple[NDArray[np.bool_] | None, NDArray[np.bool_]]:
+    """Read the mask; tell which positions it leaves. Of tiles, `Tiles` will tell."""
+    cells = np.ones(raster, dtype=bool)
+    if detector.mask is None:
+        return None, cells
+    mask = read_region(detector.mask, detector)
+    if detector.tile_size is None:
+        cells = cells_covered(mask, raster)
+    if not cells.any():
+        raise ValueError(
+            f"mask leaves none of the {raster[0]} x {raster[1]} positions: it must be "
+            "nonzero where to look, in a region that is larger."
+        )
+    return mask, cells
 
 
 def owners(inputs: Any) -> NDArray[np.intp]:
@@ -129,6 +147,12 @@ def score_images(
         digests[i] = names.sum()
         scores[i] = -detector._aggregate(found[~np.isnan(found)][None])[0]
     return digests, scores
+
+
+def peaks(detector: Any, tiles: Tiles, rasters: Iterable[Any]) -> NDArray[np.float64]:
+    """Give the maxima of images' maps, by the scores of their tiles."""
+    maps = blend(detector._drawn(tiles, rasters), tiles)
+    return np.array([detector._inside(found).max() for _, found in maps], np.float64)
 
 
 def by_count(

@@ -46,24 +46,36 @@ class Ensemble(Part):
             )
         self.channels = channels.pop()
         self.logarithmic = ensemble.scale == "log"
+        self.largest = getattr(ensemble, "_largest", False)  # not in old files
         known = ensemble.training_scores_
         medians = -np.median(known, axis=0)
         medians[medians == 0] = 1.0
+        if self.logarithmic and self.largest:
+            trained = np.log(np.maximum(-known / medians, MIN_RATIO))
+            spread = trained.std(axis=0)
+            spread[spread == 0] = 1.0
+            self.register_buffer("centre", constant(trained.mean(axis=0)))
+            self.register_buffer("spread", constant(spread))
         self.register_buffer("medians", constant(medians))
         self.register_buffer("shares", constant(ensemble._shares))
         self.register_buffer("known", constant(known))
 
     def forward(self, images: Images) -> dict[str, Tensor]:
-        """Bring the members' scores to one scale, and average them."""
+        """Bring the members' scores to one scale; average them, or take the worst."""
         found = [member(images)["score"] for member in self.members]
         scores = torch.stack(found, dim=1)
         if self.logarithmic:
             ratios = (-scores / self.medians).clamp(min=MIN_RATIO)
+            if self.largest:
+                apart = (ratios.log() - self.centre) / self.spread
+                return {"score": -apart.amax(dim=1)}
             return {"score": -(ratios.log() * self.shares).sum(dim=1)}
         known, scores = self.known[None], scores[:, None]
         below = (known < scores).double().sum(dim=1)
         below = below + (known <= scores).double().sum(dim=1)
         ranks = below / (2 * self.known.shape[0])
+        if self.largest:
+            return {"score": ranks.amin(dim=1)}
         return {"score": (ranks * self.shares).sum(dim=1)}
 
 

@@ -120,6 +120,11 @@ class PatchPart(Part):
                 "Detectors of vectors cannot be exported: graphs start at images. Fit "
                 "the detector on images."
             )
+        if detector.tile_size is not None:
+            raise ExportError(
+                "PatchDetector with tile_size cannot be exported: graphs do not cut "
+                "images. Export a detector that is fitted to tiles as its images."
+            )
         self.sizes, self.channels = (size,), channels_of(detector)
         self.front = detector._front()
         cpu = torch.device("cpu")

@@ -77,7 +77,7 @@ def read_region(mask: Any, estimator: Any) -> NDArray[np.bool_]:
     return found
 
 
-def resized_mask(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]:
+def resized_mask(mask: NDArray[np.bool_], size: Any) -> NDArray[np.bool_]:
     """Bring a mask to the size of an image (nearest neighbour)."""
     values = torch.from_numpy(mask.astype(np.uint8))[None, None]
     resized = F.interpolate(values, size, mode="nearest")
