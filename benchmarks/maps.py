@@ -2,8 +2,8 @@
 
     python benchmarks/maps.py
 
-On tiles of 64 pixels of a texture and of a photograph: 150 good ones of the left half
-to learn from, 60 good and 60 defective ones of the right half to test. Detectors that
+On tiles of 64 pixels of a texture and of a photograph: 80 good ones of the left half
+to learn from, 30 good and 30 defective ones of the right half to test. Detectors that
 learn from anomalies are given 20 defective tiles of the left half; the classifier of
 known classes has two other textures beside the good tiles. Pixel AUROC and per-region
 overlap x 100, and docs/images/maps.png.
@@ -38,8 +38,8 @@ from skdeepad.metrics import anomaly_roc_auc_score, aupro_score, pixel_roc_auc_s
 SOURCES = ("grass", "coffee")
 SHOWN = 4  # defective tiles of each, of different kinds
 N_ANOMALIES = 20
-OPTIONS: dict[str, Any] = {"image_size": 128, "random_state": 0}
-SCRATCH: dict[str, Any] = {"random_state": 0, "pretrain_steps": 200, "max_steps": 200}
+OPTIONS: dict[str, Any] = {"image_size": 96, "random_state": 0}
+SCRATCH: dict[str, Any] = {"random_state": 0, "pretrain_steps": 50, "max_steps": 50}
 # title -> detector, and what it learns from beside good tiles
 DETECTORS: dict[str, tuple[Any, str]] = {
     "PatchDetector": (PatchDetector(**OPTIONS), ""),
@@ -97,9 +97,9 @@ def main() -> None:
     for number, source in enumerate(SOURCES):
         data = make_texture_defects(
             photograph(source),
-            n_train=150,
-            n_test_good=60,
-            n_test_defective=60,
+            n_train=80,
+            n_test_good=30,
+            n_test_defective=30,
             split="halves",
             random_state=500,
         )

@@ -72,6 +72,11 @@ def hsc(**options):
     return HSCClassifier(net(), **{**given, **EXACT, **options})
 
 
+def hsc_of_numbers():
+    stages = {"stages": ("1", "2", "3"), "max_steps": 3}
+    return HSCClassifier(net_of_numbers(), **stages, **EXACT)
+
+
 def open_set(**options):
     return OpenSetClassifier(net(), **{"max_steps": 3, **EXACT, **options})
 
@@ -94,6 +99,7 @@ DETECTORS = {
     "hsc": (hsc, {}, Y),
     "hsc, trained": (hsc, {"trainable_stages": "2", "norm": "l1"}, Y),
     "hsc, logits": (hsc, {"objective": "bce"}, Y),
+    "hsc, numbers": (hsc_of_numbers, {}, Y),
     "svdd": (sphere, {}, None),
     "svdd, radius": (sphere, {"objective": "soft-boundary", "warm_up_steps": 1}, None),
     "sad": (sphere, {"cls": DeepSAD}, Y),

@@ -154,10 +154,14 @@ class PositionShares(AnomalyMapMixin):
         shares = torch.from_numpy(scores)[:, None, None]
         parts = torch.from_numpy(slopes).split(widths, dim=1)
         for (a, feature), slope in zip(found, parts, strict=True):
-            (by_a,) = torch.autograd.grad(feature, a, slope.to(feature))
-            products = self.backbone_.as_map(by_a.double() * a.detach()).sum(dim=1)
+            # features of several stages may follow from the same maps
+            (by_a,) = torch.autograd.grad(
+                feature, a, slope.to(feature), retain_graph=True
+            )
+            products = by_a.cpu().double() * a.detach().cpu()
+            products = self.backbone_.as_map(products).sum(dim=1)
             size: Any = self.image_size_
-            each = products.cpu()[:, None] * products[0].numel()
+            each = products[:, None] * products[0].numel()
             each = F.interpolate(each, size, mode="bilinear")[:, 0]
             shares = shares + (each - each.mean(dim=(1, 2), keepdim=True))
         return shares.float().numpy()
