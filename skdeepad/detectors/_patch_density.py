@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.linalg import block_diag
 from scipy.special import logsumexp
 from sklearn.base import BaseEstimator, clone
 from sklearn.covariance import shrunk_covariance
@@ -144,7 +143,7 @@ class PatchMemory(PatchDensity):
         for fold in np.unique(folds):
             own = rows[fold_of_row == fold]
             if self.metric == "mahalanobis":
-                stages = self._stages(self._compressed(own))
+                stages = self._compressed(own)
                 if not self.moments[fold]:
                     self.moments[fold] = [Moments(x) for x in stages]
                 for moments, x in zip(self.moments[fold], stages, strict=True):
@@ -155,7 +154,7 @@ class PatchMemory(PatchDensity):
         """Give the mean of |x|^2 over the patches of the first images, by stage."""
         return np.where(self.squares > 0, self.squares, 1) / self.n_measured
 
-    def _stages(self, rows: NDArray[Any]) -> list[NDArray[Any]]:
+    def _stages(self, rows: Patches) -> list[Patches]:
         return np.split(rows, np.cumsum(self.widths)[:-1], axis=1)
 
     def join(self, others: Iterable[PatchMemory]) -> None:
@@ -181,25 +180,24 @@ class PatchMemory(PatchDensity):
         """Give the patches in the memory."""
         return np.concatenate([self.coresets[k].rows for k in self.used])
 
-    def _whitening(self, folds: Sequence[int]) -> NDArray[np.float64] | None:
-        if self.metric != "mahalanobis":
-            return None
+    def _whitening(self, folds: Sequence[int]) -> list[NDArray[np.float64]]:
+        """Give the matrices that whiten the stages; none if they are not whitened."""
         stages = merged(self.moments[k] for k in folds)
-        return np.asarray(block_diag(*map(whitening, stages)))
+        return [whitening(moments) for moments in stages]
 
     def _compared(self, rows: Patches) -> NDArray[Any]:
         """Turn patches into what is compared by its Euclidean distance.
 
         In float64, as products in float32 would depend on what else is in a batch.
         """
-        if self.whitening is None:
+        if self.metric != "mahalanobis":
             return rows
-        return self._compressed(rows) @ self.whitening
+        stages = zip(self._compressed(rows), self.whitening, strict=True)
+        return np.concatenate([x @ matrix for x, matrix in stages], axis=1)
 
-    def _compressed(self, rows: Patches) -> NDArray[np.float64]:
+    def _compressed(self, rows: Patches) -> list[NDArray[np.float64]]:
         pairs = zip(self._stages(rows), self.sizes(), strict=True)
-        parts = [x / np.sqrt(squared_length(x) + size)[:, None] for x, size in pairs]
-        return np.concatenate(parts, axis=1)
+        return [x / np.sqrt(squared_length(x) + size)[:, None] for x, size in pairs]
 
     def score(self, patches: Patches) -> NDArray[np.float64]:
         """Score patches: 0 at least, higher = more anomalous."""

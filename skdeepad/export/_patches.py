@@ -32,10 +32,11 @@ class Memory(Step):
         super().__init__()
         self.scale, self.widths = float(memory.scale), memory.widths
         self.is_cosine = memory.metric == "cosine"
-        self.is_whitened = memory.whitening is not None
-        if memory.whitening is not None:
+        self.is_whitened = memory.metric == "mahalanobis"
+        if self.is_whitened:
             self.sizes = [float(size) for size in memory.sizes()]
-            self.register_buffer("whitening", constant(memory.whitening))
+            for i, matrix in enumerate(memory.whitening):
+                self.register_buffer(f"whitening{i}", constant(matrix))
         rows = memory._centred(memory.rows())
         self.register_buffer("origin", constant(memory.origin))
         self.neighbors = Neighbors(rows, 1)
@@ -52,12 +53,12 @@ class Memory(Step):
         """Turn patches into what is compared by its Euclidean distance."""
         if not self.is_whitened:
             return patches
-        pairs = zip(patches.split(self.widths, dim=-1), self.sizes, strict=True)
-        parts = [
-            x / (x.square().sum(dim=-1, keepdim=True) + size).sqrt()
-            for x, size in pairs
-        ]
-        return torch.cat(parts, dim=-1) @ self.whitening
+        stages = zip(patches.split(self.widths, dim=-1), self.sizes, strict=True)
+        parts = []
+        for i, (x, size) in enumerate(stages):
+            short = x / (x.square().sum(dim=-1, keepdim=True) + size).sqrt()
+            parts.append(short @ self.get_buffer(f"whitening{i}"))
+        return torch.cat(parts, dim=-1)
 
     def nearest(self, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Give distances to the nearest rows, their numbers, and centred patches."""
