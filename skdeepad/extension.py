@@ -173,7 +173,7 @@ def _check_maps(detector: Any) -> None:
     maps = detector.fit(_images(N_IMAGES, 0)).anomaly_map(new)
     assert maps.shape == (6, SIDE, SIDE) and maps.dtype == np.float32
     assert np.isfinite(maps).all() and (np.ptp(maps, axis=(1, 2)) > 0).all()
-    rounding = 1e-4 * np.abs(maps).max()
+    rounding = 5e-3 * np.abs(maps).max()  # of gradients in bfloat16
     assert_allclose(detector.anomaly_map(new[::-1])[::-1], maps, atol=rounding)
     assert_allclose(detector.anomaly_map(new[2:3])[0], maps[2], atol=rounding)
     assert_array_equal(pickle.loads(pickle.dumps(detector)).anomaly_map(new), maps)

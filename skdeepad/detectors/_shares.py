@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from ..backbones._backbone import pool
 from ..frozen import frozen_copy
-from ..inference import INPUT, Tap, to_tensor
+from ..inference import INPUT, Tap, n_at_once, padded, regroup, to_tensor
 from ..inputs import Vectors
 from ._base import MIN_HELD_OUT
 from ._maps import AnomalyMapMixin
@@ -98,17 +99,25 @@ class PositionShares(AnomalyMapMixin):
         routes = self._routes(inputs)
         taps = tuple(dict.fromkeys(start for start, _ in routes))
         front = replace(self._front(), taps=taps)
-        for index, arrays in self._run(front, inputs, False):
+        batches = iter(self._run(front, inputs, False))
+        first = next(batches, None)
+        if first is None:
+            return
+        # as many at once as in scoring, so that roundings are the same
+        limit, last = self._n_at_end * self.batch_size, taps.index(routes[-1][0])
+        dtype = self._end_dtype or front.dtype
+        size = n_at_once(to_tensor(first[1][last]), limit, front.device, dtype)
+        for index, arrays in regroup(chain([first], batches), size):
             # the caller may have turned gradients off
             with torch.inference_mode(False), torch.enable_grad():
-                given = [to_tensor(array).to(front.device) for array in arrays]
+                given = [padded(to_tensor(a).to(front.device), size) for a in arrays]
                 starts = dict(zip(taps, given, strict=True))
                 found = [
                     pair
                     for start, steps in routes
                     for pair in follow(starts[start], steps, self.backbone_.as_map)
                 ]
-                shares = self._shares(found)
+                shares = self._shares(found, len(index))
             yield index, shares
 
     def _routes(self, inputs: Vectors) -> list[Route]:
@@ -146,19 +155,20 @@ class PositionShares(AnomalyMapMixin):
         (shape,) = self._pass((Tap(stage, "output"),)).shapes(shape)
         return have_positions(self.backbone_.as_map(torch.zeros(1, *shape)))
 
-    def _shares(self, found: list[tuple[Tensor, Tensor]]) -> NDArray[np.float32]:
-        """Part scores among positions; see `anomaly_map`."""
-        features = torch.cat([f.detach() for _, f in found], dim=1)
+    def _shares(
+        self, found: list[tuple[Tensor, Tensor]], n: int
+    ) -> NDArray[np.float32]:
+        """Part the scores of the first n samples among positions: see `anomaly_map`."""
+        features = torch.cat([f.detach()[:n] for _, f in found], dim=1)
         scores, slopes = self._tangent(features.cpu().numpy())
         widths = [f.shape[1] for _, f in found]
         shares = torch.from_numpy(scores)[:, None, None]
         parts = torch.from_numpy(slopes).split(widths, dim=1)
         for (a, feature), slope in zip(found, parts, strict=True):
+            slope = padded(slope.to(feature), len(feature))
             # features of several stages may follow from the same maps
-            (by_a,) = torch.autograd.grad(
-                feature, a, slope.to(feature), retain_graph=True
-            )
-            products = by_a.cpu().double() * a.detach().cpu()
+            (by_a,) = torch.autograd.grad(feature, a, slope, retain_graph=True)
+            products = by_a[:n].cpu().double() * a.detach()[:n].cpu()
             products = self.backbone_.as_map(products).sum(dim=1)
             size: Any = self.image_size_
             each = products[:, None] * products[0].numel()
