@@ -76,7 +76,7 @@ def readme() -> str:
         ),
         ("`PANDAEstimator`, at 160 pixels", f"{FASHION}panda-160-ewc"),
         (
-            "`DetectorEnsemble`, its default of two frozen members",
+            "`DetectorEnsemble` of two frozen views of whole images",
             f"{FASHION}ensemble-160",
         ),
         ("`PANDAEstimator`", f"{PANDA}ewc"),
