@@ -291,7 +291,8 @@ default="fashion_mnist"
     def for_defects(cls, **changes: Any) -> Any:
         """Make the estimator for small defects in textures.
 
-        Residuals of four early stages, all of them scored, and 200 mini-batches.
+        Residuals of four early stages, all of them scored, and 100 mini-batches at a
+        learning rate of 0.003.
 
         Parameters
         ----------
@@ -309,7 +310,8 @@ default="fashion_mnist"
             "stages": stages,
             "score_stages": stages,
             "image_size": 128,
-            "max_steps": 200,
+            "max_steps": 100,
+            "learning_rate": 3e-3,
         }
         return cls(**{**defaults, **changes})
 
