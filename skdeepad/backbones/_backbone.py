@@ -265,7 +265,13 @@ class Backbone(nn.Module):
         return self.frozen()
 
     def unnormalized(self) -> Backbone:
-        """Give the same stages, without a head, for images as they are in [0, 1]."""
+        """Give the same stages, without a head, for images as they are in [0, 1].
+
+        Returns
+        -------
+        Backbone
+            A frozen backbone with the same weights.
+        """
         return Backbone(
             dict(self.stages.items()),
             input_size=self.input_size,

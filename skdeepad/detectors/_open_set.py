@@ -227,7 +227,7 @@ default="max_logit"
     def from_paper(
         cls, dataset: str = "cifar10", *, hybrid: bool = False, **changes: Any
     ) -> Any:
-        """Make the classifier as the paper [1]_ describes it.
+        """Make the classifier as its paper describes it.
 
         ResNet-34 from scratch, scored by its largest logit. A quarter of the images
         that are fitted to is held out (the paper's 20 % of all, where 60 % are trained
@@ -240,8 +240,8 @@ default="max_logit"
             Whose weight of the reconstruction.
         hybrid : bool, default=False
             Whether the network also reconstructs the image, with weight 0.9 for
-            "cifar10" and 0.005 for "cifar100". (The paper says that these were chosen
-            on labelled test images.)
+            "cifar10" and 0.005 for "cifar100". The paper says that these were chosen
+            on labelled test images.
         **changes
             Parameters that are to be otherwise.
 

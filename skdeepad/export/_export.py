@@ -51,6 +51,7 @@ def export_onnx(
     Returns
     -------
     None
+        The file is written whole, or not at all.
 
     Raises
     ------

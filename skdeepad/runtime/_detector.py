@@ -58,8 +58,12 @@ class ExportedDetector:
 
     Parameters
     ----------
-    path, threads, on_error
-        As in `load`.
+    path : str or path-like
+        The file.
+    threads : int, default=None
+        How many threads ONNX Runtime takes. None: as many as it likes.
+    on_error : {"raise", "skip"}, default="raise"
+        What to do about images that cannot be read, as in `load`.
 
     Attributes
     ----------
@@ -145,6 +149,11 @@ class ExportedDetector:
     def decision_function(self, X: Any) -> NDArray[np.float64]:
         """Score images relative to the threshold.
 
+        Parameters
+        ----------
+        X : array-like, sequence or folder
+            Images, as in `score_samples`.
+
         Returns
         -------
         ndarray of float64, shape (n_samples,) or (n_samples, n_classes)
@@ -160,6 +169,11 @@ class ExportedDetector:
 
     def predict(self, X: Any) -> NDArray[Any]:
         """Tell normal images from anomalies.
+
+        Parameters
+        ----------
+        X : array-like, sequence or folder
+            Images, as in `score_samples`.
 
         Returns
         -------
@@ -177,11 +191,27 @@ class ExportedDetector:
         return np.array(self.classes)[np.where(normal > 0, column, 1 - column)]
 
     def predict_known(self, X: Any) -> NDArray[np.int_]:
-        """Give +1 for images that reach the threshold and -1 for others."""
+        """Tell images that reach the threshold from others, whatever the classes.
+
+        Parameters
+        ----------
+        X : array-like, sequence or folder
+            Images, as in `score_samples`.
+
+        Returns
+        -------
+        ndarray of int, shape (n_samples,)
+            +1 for images that reach the threshold, -1 for others.
+        """
         return np.where(self.score_samples(X) >= self.threshold, 1, -1)
 
     def p_values(self, X: Any) -> NDArray[np.float64]:
         """Tell how unusual each image would be among normal ones.
+
+        Parameters
+        ----------
+        X : array-like, sequence or folder
+            Images, as in `score_samples`.
 
         Returns
         -------
@@ -199,6 +229,11 @@ class ExportedDetector:
 
     def anomaly_map(self, X: Any) -> Any:
         """Show where in images the anomaly is.
+
+        Parameters
+        ----------
+        X : array-like, sequence or folder
+            Images, as in `score_samples`.
 
         Returns
         -------
@@ -466,7 +501,6 @@ def load(
     Examples
     --------
     Score a folder, and give images that cannot be read NaN:
-
 
     >>> model = load("bricks.onnx", on_error="skip")  # doctest: +SKIP
     >>> scores = model.score_samples("photos")  # doctest: +SKIP
