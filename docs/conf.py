@@ -95,6 +95,7 @@ html_title = "skdeepad"
 html_logo = html_favicon = "_static/logo.svg"
 html_context = {"default_mode": "auto"}  # light or dark, as the reader's system
 html_static_path = ["_static"]
+html_extra_path = ["llms.txt"]
 html_css_files = ["site.css"]
 html_theme_options = {
     "logo": {"text": "skdeepad"},
