@@ -23,7 +23,16 @@ from ..detectors._source_and_cloner import discrepancy_map, sum_maps
 from ..frozen import frozen_copy
 from ..objectives import radial_distance
 from ._maps import Refinement
-from ._parts import ExportError, FrontAndScore, Images, Part, Step, part_of, scoring
+from ._parts import (
+    ExportError,
+    FrontAndScore,
+    Images,
+    Part,
+    Step,
+    part_of,
+    scoring,
+    size_of_images,
+)
 from ._scorers import constant
 
 
@@ -195,12 +204,7 @@ class Cloner(Part):
 
     def __init__(self, detector: KDClonerEstimator) -> None:
         super().__init__()
-        size = detector.image_size_
-        if size is None:
-            raise ExportError(
-                "Detectors of vectors cannot be exported: graphs start at images. Fit "
-                "the detector on images."
-            )
+        size = size_of_images(detector.image_size_)
         self.sizes, self.channels = (size,), channels_of(detector)
         network = frozen_copy(detector._network, torch.device("cpu"), torch.float32)
         self.network: Any = network

@@ -22,6 +22,7 @@ from ..conformal import ConformalDetector
 from ..detectors import HSCClassifier, OpenSetClassifier
 from ..features import BackboneEstimator
 from ..runtime._detector import FORMAT, PROPERTY
+from ..runtime._files import replacing
 from . import _around, _patches  # noqa: F401 -- they register detectors
 from ._graph import make_graph
 from ._parts import Part, part_of
@@ -124,12 +125,8 @@ def export_onnx(
     told = _describe(detector, last, part, outputs, why_not)
     onnx.helper.set_model_props(model, {PROPERTY: json.dumps(told)})
     model.producer_name, model.producer_version = "skdeepad", version("skdeepad")
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as unfinished:
         unfinished.write_bytes(model.SerializeToString())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _describe(

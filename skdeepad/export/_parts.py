@@ -67,6 +67,16 @@ def scoring(scorer: Any) -> nn.Module:
     )
 
 
+def size_of_images(size: Size | None) -> Size:
+    """Give the size at which a network sees images, and refuse networks of vectors."""
+    if size is None:
+        raise ExportError(
+            "Detectors of vectors cannot be exported: graphs start at images. Fit the "
+            "detector on images."
+        )
+    return size
+
+
 class FrontAndScore(Part):
     """A frozen front, perhaps a live end, and a score of the features."""
 
@@ -74,12 +84,8 @@ class FrontAndScore(Part):
         self, front: FeaturePass, channels: int, end: Any, score: nn.Module
     ) -> None:
         super().__init__()
-        if front.image_size is None:
-            raise ExportError(
-                "Detectors of vectors cannot be exported: graphs start at images. Fit "
-                "the detector on images."
-            )
-        self.front, self.channels, self.sizes = front, channels, (front.image_size,)
+        size = size_of_images(front.image_size)
+        self.front, self.channels, self.sizes = front, channels, (size,)
         cpu = torch.device("cpu")
         self.network = frozen_copy(front.backbone, cpu, torch.float32)
         self.end = None if end is None else frozen_copy(end, cpu, torch.float32)

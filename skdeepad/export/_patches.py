@@ -21,7 +21,7 @@ from ..frozen import frozen_copy
 from ..scorers._neighbors import nearest
 from ._detectors import channels_of
 from ._maps import Refinement
-from ._parts import ExportError, Images, Part, Step, part_of
+from ._parts import ExportError, Images, Part, Step, part_of, size_of_images
 from ._scorers import Neighbors, constant
 
 
@@ -115,12 +115,7 @@ class PatchPart(Part):
 
     def __init__(self, detector: PatchDetector) -> None:
         super().__init__()
-        size = detector.image_size_
-        if size is None:
-            raise ExportError(
-                "Detectors of vectors cannot be exported: graphs start at images. Fit "
-                "the detector on images."
-            )
+        size = size_of_images(detector.image_size_)
         if detector.tile_size is not None:
             raise ExportError(
                 "PatchDetector with tile_size cannot be exported: graphs do not cut "
