@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from numbers import Integral, Real
@@ -273,6 +273,13 @@ def stages_to_adapt(backbone: Backbone, given: Any) -> tuple[str, ...]:
             "layers that learn."
         )
     return chosen
+
+
+def numbers_of(dataset: str, numbers: Mapping[str, Any]) -> Any:
+    """Look up what a paper has for a data set."""
+    if dataset not in numbers:
+        raise ValueError(f"dataset={dataset!r} is not one of {', '.join(numbers)}.")
+    return numbers[dataset]
 
 
 def find_related(

@@ -17,6 +17,7 @@ from ..inference import PassOutputs
 from ..labels import semi_labels
 from ..objectives import semi_supervised_loss
 from ..training import balanced_batches, batchnorm_batches
+from ._base import numbers_of
 from ._deep_svdd import SphereDetector
 
 
@@ -117,11 +118,7 @@ class DeepSAD(SphereDetector):
             "fashion_mnist": ("fashion_mnist_lenet", 6000),
             "cifar10": ("svdd_cifar10_lenet", 5000),
         }
-        if dataset not in networks:
-            raise ValueError(
-                f"dataset={dataset!r} is not one of {', '.join(networks)}."
-            )
-        backbone, n_images = networks[dataset]
+        backbone, n_images = numbers_of(dataset, networks)
         n_steps = 150 * math.ceil(n_images / 128)
         paper = {
             "backbone": backbone,

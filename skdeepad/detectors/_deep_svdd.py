@@ -23,7 +23,7 @@ from ..inference import PassOutputs
 from ..inputs import Vectors, chunks
 from ..objectives import compactness, soft_boundary_loss
 from ..training import batchnorm_batches
-from ._base import TrainingSamples
+from ._base import TrainingSamples, numbers_of
 from ._shares import OutputShares
 from ._trained import ObjectiveDetector
 
@@ -342,15 +342,13 @@ class DeepSVDD(SphereDetector):
                 "warm_up_steps": 250,
             },
         }
-        if dataset not in numbers:
-            raise ValueError(f"dataset={dataset!r} is not one of {', '.join(numbers)}.")
         paper = {
             "contrast_normalization": True,
             "learning_rate": 1e-4,
             "batch_size": 200,
             "milestones": (50 / 150,),
             "validation_fraction": 0,
-            **numbers[dataset],
+            **numbers_of(dataset, numbers),
         }
         return cls(**{**paper, **changes})
 

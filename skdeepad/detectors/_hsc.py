@@ -29,7 +29,7 @@ from ..objectives import focal_loss, hypersphere_loss, radial_distance
 from ..scorers import GaussianScorer
 from ..scorers._base import row_digests
 from ..training import balanced_batches
-from ._base import TrainingSamples
+from ._base import TrainingSamples, numbers_of
 from ._shares import OutputShares
 from ._trained import FineTunedDetector
 
@@ -205,9 +205,11 @@ class HSCClassifier(ClassifierMixin, OutputShares, FineTunedDetector):
                 "augmentation": "paper",
             },
         }
-        if dataset not in numbers:
-            raise ValueError(f"dataset={dataset!r} is not one of {', '.join(numbers)}.")
-        paper = {"weight_decay": 5e-7, "contamination": None, **numbers[dataset]}
+        paper = {
+            "weight_decay": 5e-7,
+            "contamination": None,
+            **numbers_of(dataset, numbers),
+        }
         return cls(**{**paper, **changes})
 
     def fit(

@@ -29,6 +29,7 @@ from ._base import (
     TrainingSamples,
     find_related,
     hold_out,
+    numbers_of,
 )
 from ._maps import AnomalyMapMixin
 from ._source_and_cloner import (
@@ -270,8 +271,6 @@ default="fashion_mnist"
                 "direction_weight": 2.0,
             },
         }
-        if dataset not in numbers:
-            raise ValueError(f"dataset={dataset!r} is not one of {', '.join(numbers)}.")
         paper: dict[str, Any] = {
             "backbone": "vgg16",
             "normalize_input": False,
@@ -283,7 +282,7 @@ default="fashion_mnist"
             "tol": -math.inf,
             "localization": "gradient",
             "validation_fraction": 0,
-            **numbers[dataset],
+            **numbers_of(dataset, numbers),
         }
         return cls(**{**paper, **changes})
 

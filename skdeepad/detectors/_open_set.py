@@ -26,7 +26,7 @@ from ..draws import OwnDraws
 from ..frozen import fingerprint, frozen_copy
 from ..inference import FeaturePass, PassOutputs
 from ..training import batchnorm_batches
-from ._base import TrainingSamples
+from ._base import TrainingSamples, numbers_of
 from ._shares import OutputShares
 from ._trained import FineTunedDetector, TrainedEnd
 
@@ -250,14 +250,12 @@ default="max_logit"
         OpenSetClassifier
             Not fitted.
         """
-        weights = {"cifar10": 0.9, "cifar100": 0.005}
-        if dataset not in weights:
-            raise ValueError(f"dataset={dataset!r} is not one of {', '.join(weights)}.")
+        weight = numbers_of(dataset, {"cifar10": 0.9, "cifar100": 0.005})
         paper = {
             "backbone": "resnet34",
             "weights": None,
             "image_size": 32,
-            "reconstruction_weight": weights[dataset] if hybrid else 0.0,
+            "reconstruction_weight": weight if hybrid else 0.0,
             "validation_fraction": 0.25,
         }
         return cls(**{**paper, **changes})

@@ -22,7 +22,7 @@ from ..backbones import Backbone
 from ..base import draw_seed
 from ..draws import OwnDraws
 from ..inference import FeaturePass, PassOutputs
-from ._base import TrainingSamples
+from ._base import TrainingSamples, numbers_of
 from ._trained import FineTunedDetector
 from ._views import DrawnViews, Views, ViewsPass
 
@@ -415,15 +415,11 @@ class GEOMDetector(TransformationDetector):
         GEOMDetector
             Not fitted.
         """
-        n_images = {"cifar10": 5000, "fashion_mnist": 6000}
-        if dataset not in n_images:
-            raise ValueError(
-                f"dataset={dataset!r} is not one of {', '.join(n_images)}."
-            )
+        n_images = numbers_of(dataset, {"cifar10": 5000, "fashion_mnist": 6000})
         paper = {
             "backbone": "wrn10_4",
             "image_size": 32,
-            "max_steps": 3 * math.ceil(72 * n_images[dataset] / 128),
+            "max_steps": 3 * math.ceil(72 * n_images / 128),
             "validation_fraction": 0,
         }
         return cls(**{**paper, **changes})
@@ -457,8 +453,6 @@ def paper_of_mhrot(dataset: str) -> dict[str, Any]:
             "max_steps": 5 * math.ceil(9 * 1300 / 64),
         },
     }
-    if dataset not in numbers:
-        raise ValueError(f"dataset={dataset!r} is not one of {', '.join(numbers)}.")
     return {
         "optimizer": "sgd",
         "learning_rate": 0.1,
@@ -466,7 +460,7 @@ def paper_of_mhrot(dataset: str) -> dict[str, Any]:
         "batch_size": 64,
         "augmentation": v2.RandomHorizontalFlip(),
         "validation_fraction": 0,
-        **numbers[dataset],
+        **numbers_of(dataset, numbers),
     }
 
 
